@@ -1,0 +1,330 @@
+"""Linear CKA between all layers of any number of models, as heat maps.
+
+Raghu et al. 2021 (arXiv 2108.08810), Figures 1, 2, 8, 12; the estimator is Nguyen et al. 2021's
+(arXiv 2010.15327): unbiased HSIC, summed over minibatches, one ratio at the end.
+
+The quantity: cka[i, j] in [-1, 1], how alike layers i and j arrange the images; 0 is expected of
+independent representations (small negative values are right), 1 means equal up to rotation and
+scale. A representation is everything of an image at a layer: all tokens, CLS included, or all
+H·W·C values of a map. Layers that do not vary are undefined (NaN, hatched).
+
+Choices made: batches without replacement in a seeded random order, one pass; standard errors by
+the jackknife over batches (in at most 32 groups of batches); a last batch under 4 images, too
+small for the estimator, is left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitprobe.core import cli, drawing
+from vitprobe.core.capture import capture
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
+from vitprobe.core.layers import Layer, map_layers
+from vitprobe.core.results import Finding, Result, combine, decide, plus_minus
+from vitprobe.core.running import Batch, Options, Session, session
+
+# Where the papers say "clearly larger" and "about", a number has to be chosen: these are ours.
+CLEARLY = 0.1
+EARLY_DEPTH = 0.35
+
+
+@dataclass(frozen=True)
+class CKAResult(Result):
+    """CKA between all layers.
+
+    Attributes:
+        cka: (L, L) over the layers of all models in order; NaN where undefined.
+        cka_se: (L, L) jackknife standard error; NaN with fewer than two batches.
+        layers: (L,) names.
+        model_of_layer: (L,) index into ``meta["models"]``.
+    """
+
+    cka: np.ndarray
+    cka_se: np.ndarray
+    layers: np.ndarray
+    model_of_layer: np.ndarray
+
+    analysis: ClassVar[str] = "cka"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def of(self, a: int | str, b: int | str | None = None) -> np.ndarray:
+        """The block of ``cka`` of two models (rows of ``a``, columns of ``b``), or of one."""
+        return self.cka[np.ix_(self._rows(a), self._rows(a if b is None else b))]
+
+    def _rows(self, model: int | str) -> np.ndarray:
+        if isinstance(model, str):
+            if model not in self.models:
+                raise VitprobeError(f"{model!r} is none of {', '.join(self.models)}.")
+            model = self.models.index(model)
+        return np.flatnonzero(self.model_of_layer == model)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Heat maps from input to output on both axes; on ``ax``, one square of all models."""
+        with drawing.style():
+            if ax is not None:
+                image = self._panel(ax, None, None)
+                ax.figure.colorbar(image, ax=ax, label="CKA")
+                return ax
+            count = len(self.models)
+            pairs = {1: [[(0, 0)]], 2: [[(0, 0), (1, 1), (0, 1)]]}.get(
+                count, [[(a, b) for b in range(count)] for a in reversed(range(count))]
+            )
+            rows, columns = len(pairs), len(pairs[0])
+            side = 4.2 if count <= 2 else max(2.4, 10 / count)
+            figure = drawing.new_figure(side * columns + 0.7, side * rows + 0.6)
+            axes = figure.subplots(rows, columns, squeeze=False)
+            for line, row in zip(axes, pairs):
+                for one, (a, b) in zip(line, row):
+                    image = self._panel(one, a, b)
+            figure.colorbar(image, ax=axes, label="CKA", aspect=30, pad=0.01)
+            drawing.caption(figure, self._caption(), width=int(32 * side * columns * 0.8))
+            return figure
+
+    def _panel(self, ax: Any, a: int | None, b: int | None) -> Any:
+        everything = np.arange(len(self.layers))
+        rows = everything if a is None else self._rows(a)
+        columns = everything if b is None else self._rows(b)
+        # One scale for all panels: 0 to 1, lower only where an unbiased value is negative.
+        low = min(0.0, float(np.nanmin(self.cka))) if np.isfinite(self.cka).any() else 0.0
+        image = drawing.heat_map(ax, self.cka[np.ix_(rows, columns)], vmin=low, vmax=1)
+        names = self.models
+        for axis, chosen, model in ((ax.yaxis, rows, a), (ax.xaxis, columns, b)):
+            label = "all models" if model is None else names[model]
+            drawing.layer_axis(axis, [str(name) for name in self.layers[chosen]], label)
+        if a is None:
+            for edge in np.flatnonzero(np.diff(self.model_of_layer)) + 0.5:
+                ax.axhline(edge, color="white", linewidth=1)
+                ax.axvline(edge, color="white", linewidth=1)
+        else:
+            ax.set_title(names[a] if a == b else f"{names[a]} × {names[b]}")
+        return image
+
+    def _caption(self) -> str:
+        meta = self.meta
+        text = drawing.provenance_line(meta)
+        text += f" Unbiased minibatch CKA, batches of {meta['batch_size']}, {meta['precision']}."
+        if meta["left_out"]:
+            text += f" {meta['left_out']} images in batches under {MIN_BATCH} left out."
+        if np.isnan(self.cka).any():
+            text += " Hatched: undefined, the layer does not vary."
+        return text
+
+    def findings(self) -> list[Finding]:
+        """Raghu et al.'s claims of Figures 1 and 2 for every pair of a ViT and a CNN."""
+        found = []
+        for pair in self.meta["pairs"]:
+            vit, cnn = pair["attention"], pair["convolution"]
+            spread, stages, depth, late = (
+                pair[key] for key in ("spread", "stages", "match_depth", "late")
+            )
+            found.append(
+                Finding(
+                    f"low and high layers are more alike in {vit} than in {cnn}, which splits "
+                    f"by stage",
+                    "Raghu et al. 2021, Fig. 1",
+                    combine([decide(*spread, CLEARLY), decide(*stages)]),
+                    f"mean CKA of lowest and highest third: {vit} {plus_minus(*pair['vit'])}, "
+                    f"{cnn} {plus_minus(*pair['cnn'])}, difference {plus_minus(*spread)} (more "
+                    f"than {CLEARLY} asked); {cnn} within minus between stages "
+                    f"{plus_minus(*stages)}",
+                )
+            )
+            found.append(
+                Finding(
+                    f"the lower half of {cnn} is most like the lowest layers of {vit}, whose last "
+                    f"third is less like any of {cnn}",
+                    "Raghu et al. 2021, Fig. 2",
+                    combine([decide(-depth[0], depth[1], -EARLY_DEPTH), decide(*late)]),
+                    f"best-matching depth in {vit} {plus_minus(*depth)} (at most {EARLY_DEPTH} "
+                    f"asked); CKA with its first two thirds minus its last, least over the layers "
+                    f"of {cnn}: {plus_minus(*late)}",
+                )
+            )
+        return found
+
+
+RESULT = CKAResult
+
+
+def measure(
+    models: Any, images: Any = None, *, layers: str | Sequence[str] = "blocks", **options: Any
+) -> CKAResult:
+    """CKA between all layers of one model or several.
+
+    Args:
+        models: specs (``vit_b16``, ``NAME@random``, ``NAME@FILE``), modules or ``Model``; one or a
+            list.
+        images: see ``open_images``; the bundled digit scenes by default.
+        layers: ``blocks`` (the residual stream after each block), ``paper``, ``all``, or names
+            with wildcards.
+        options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
+
+    Raises:
+        VitprobeError: unknown models, images or layers; fewer than 4 images; activations that are
+            not finite.
+    """
+    with session(models, images, Options(**options), at_least=MIN_BATCH) as ready:
+        if ready.options.batch_size < MIN_BATCH:
+            raise VitprobeError(
+                f"CKA needs batches of at least {MIN_BATCH} images, not --batch-size "
+                f"{ready.options.batch_size}."
+            )
+        chosen, has_attention = _choose(ready, layers)
+        labels = [layer.label for one in chosen for layer in one]
+        owner = np.repeat(np.arange(len(chosen)), [len(one) for one in chosen])
+        groups = min(MAX_GROUPS, len(ready.batches))
+        size = len(labels)
+        sums = ready.sums(hsic=(groups, size, size), used=(groups,), left_out=())
+
+        def step(batch: Batch) -> None:
+            if len(batch) < MIN_BATCH:
+                sums["left_out"] += len(batch)
+                return
+            grams = _grams(ready, batch, chosen)
+            bad = (~torch.isfinite(grams).all((1, 2))).nonzero()
+            if len(bad):
+                first = int(bad[0])
+                raise VitprobeError(
+                    f"The layer {labels[first]} of {ready.models[owner[first]].name} is not "
+                    f"finite; it is the first such layer."
+                )
+            sums["hsic"][batch.index % groups] += hsic(grams)
+            sums["used"][batch.index % groups] += 1
+
+        ready.run(step, sums, decides={"analysis": "cka", "layers": labels})
+        if not sums["used"].sum():
+            raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
+        value, error = jackknife(normalise, sums["hsic"], sums["used"])
+        stages = [[_stage(layer) for layer in one] for one in chosen]
+        meta = ready.meta("cka")
+        meta["left_out"] = int(sums["left_out"])
+        meta["n"] -= meta["left_out"]
+        meta["pairs"] = _pairs(ready, sums, owner, has_attention, stages)
+    return CKAResult(meta, value, error, np.array(labels), owner)
+
+
+def _choose(ready: Session, layers: str | Sequence[str]) -> tuple[list[list[Layer]], list[bool]]:
+    chosen, has_attention = [], []
+    for model, example in zip(ready.models, ready.example()):
+        with ready.autocast():
+            found = map_layers(model.name, model.module, example)
+        chosen.append(found.choose(layers))
+        has_attention.append(found.has_attention)
+    return chosen, has_attention
+
+
+def _grams(ready: Session, batch: Batch, chosen: list[list[Layer]]) -> Tensor:
+    """(L, n, n) of all layers of all models; one forward pass each."""
+    n = len(batch)
+    device = "cpu" if ready.device.type == "mps" else ready.device
+    total = sum(len(one) for one in chosen)
+    grams = torch.empty(total, n, n, dtype=torch.float64, device=device)
+    start = 0
+    for model, one, inputs in zip(ready.models, chosen, batch.inputs):
+
+        def reduce(i: int, tensor: Tensor, start: int = start) -> None:
+            grams[start + i] = gram(tensor)
+
+        with capture(model.module, one, reduce), ready.autocast():
+            model.module(inputs)
+        start += len(one)
+    return grams
+
+
+def _stage(layer: Layer) -> tuple[int, ...]:
+    """What stays the same within a stage of a CNN: the size of its maps."""
+    return layer.shape[-2:] if len(layer.shape) >= 3 else ()
+
+
+def _pairs(
+    ready: Session,
+    sums: dict[str, Tensor],
+    owner: np.ndarray,
+    has_attention: list[bool],
+    stages: list[list[tuple[int, ...]]],
+) -> list[dict[str, Any]]:
+    """What the findings rest on, (value, standard error) each, for every ViT and CNN."""
+    rows = [torch.from_numpy(np.flatnonzero(owner == m)) for m in range(len(ready.models))]
+    pairs = []
+    for a in np.flatnonzero(has_attention):
+        for b in np.flatnonzero(~np.array(has_attention)):
+            if min(len(rows[a]), len(rows[b])) < 3:
+                continue
+
+            def statistic(total: Tensor, a: int = a, b: int = b) -> Tensor:
+                values = normalise(total).cpu()
+                vit, cnn = values[rows[a]][:, rows[a]], values[rows[b]][:, rows[b]]
+                cross = values[rows[a]][:, rows[b]]
+                first, second = _low_and_high(vit), _low_and_high(cnn)
+                return torch.stack(
+                    [first, second, first - second, _stage_split(cnn, stages[b]),
+                     _best_match_depth(cross), _late_gap(cross)]
+                )  # fmt: skip
+
+            value, error = jackknife(statistic, sums["hsic"], sums["used"])
+            keys = ("vit", "cnn", "spread", "stages", "match_depth", "late")
+            pairs.append(
+                {
+                    "attention": ready.models[a].name,
+                    "convolution": ready.models[b].name,
+                    **{k: [float(v), float(e)] for k, v, e in zip(keys, value, error)},
+                }
+            )
+    return pairs
+
+
+def _low_and_high(values: Tensor) -> Tensor:
+    """Mean CKA between the lowest and the highest third of a model's layers."""
+    third = max(1, len(values) // 3)
+    return values[:third, -third:].nanmean()
+
+
+def _stage_split(values: Tensor, stages: list[tuple[int, ...]]) -> Tensor:
+    """Mean CKA of different layers of one stage minus that of layers of different stages."""
+    same = torch.tensor([[s == t for t in stages] for s in stages])
+    apart = ~torch.eye(len(stages), dtype=torch.bool)
+    return values[same & apart].nanmean() - values[~same].nanmean()
+
+
+def _best_match_depth(cross: Tensor) -> Tensor:
+    """Mean normalised depth of the ViT layer most like each CNN layer of the lower half."""
+    half = (cross.shape[1] + 1) // 2
+    best = cross[:, :half].nan_to_num(-1).argmax(0)
+    return best.double().mean() / (cross.shape[0] - 1)
+
+
+def _late_gap(cross: Tensor) -> Tensor:
+    """CKA with the ViT's first two thirds minus with its last, least over the CNN's layers."""
+    third = max(1, cross.shape[0] // 3)
+    gaps = cross[:-third].nanmean(0) - cross[-third:].nanmean(0)
+    return gaps[~gaps.isnan()].min() if (~gaps.isnan()).any() else gaps.new_tensor(torch.nan)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.cka``."""
+    parser = cli.parser("cka", __doc__)
+    return cli.run(
+        parser,
+        argv,
+        "cka",
+        lambda args: measure(
+            args.models, args.images, layers=args.layers, **cli.options(args, "cka")
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The ground floor: what every measurement stands on."""

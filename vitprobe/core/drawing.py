@@ -1,0 +1,110 @@
+"""One style for all figures: heat maps, layer axes, captions, saving.
+
+Figures are made without pyplot: no display is needed, nothing global changes, nothing is shown.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+DPI = 150
+MAX_NAMED_LAYERS = 40
+# Okabe and Ito's palette, which stays apart for the colour-blind; models keep their colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SEQUENTIAL = "magma"
+DIVERGING = "RdBu_r"
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "image.interpolation": "nearest",
+    "svg.hashsalt": "vitprobe",
+    "hatch.linewidth": 0.5,
+}
+
+
+def style() -> AbstractContextManager[Any]:
+    """The style, for as long as a figure is being drawn."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches, with room made for labels."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def heat_map(
+    ax: Any, values: np.ndarray, *, vmin: float, vmax: float, cmap: str = SEQUENTIAL
+) -> Any:
+    """A matrix with its origin at the lower left; undefined cells (NaN) are hatched."""
+    ax.patch.set(facecolor="0.92", edgecolor="0.6", hatch="////")
+    image = ax.imshow(
+        np.ma.masked_invalid(values),
+        origin="lower", aspect="auto", vmin=vmin, vmax=vmax, cmap=cmap, interpolation="nearest",
+    )  # fmt: skip
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return image
+
+
+def layer_axis(axis: Any, names: Sequence[str], label: str) -> None:
+    """Ticks for layers: their names while they can be read, their numbers beyond that."""
+    count = len(names)
+    if count <= MAX_NAMED_LAYERS:
+        axis.set_ticks(range(count), [short(name) for name in names])
+        if axis.axis_name == "x":
+            axis.set_tick_params(rotation=90)
+    else:
+        axis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True))
+        label = f"{label}, layer 0–{count - 1}"
+    size = 7 if count <= 26 else 5
+    axis.set_tick_params(labelsize=size, length=2)
+    axis.set_label_text(label)
+
+
+def short(name: str, width: int = 24) -> str:
+    """A layer's name, its middle left out where it is long."""
+    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-(width // 2) :]}"
+
+
+def caption(figure: Figure, text: str, width: int = 110) -> None:
+    """A small line under the figure: n, weights, choices."""
+    figure.supxlabel("\n".join(textwrap.wrap(text, width)), fontsize=6.5, color="0.35")
+
+
+def provenance_line(meta: dict[str, Any]) -> str:
+    """``n = 512 images of NAME; A: weights; B: weights``."""
+    models = "; ".join(f"{m['name']}: {m['weights']}" for m in meta["models"])
+    images = meta.get("images")
+    return f"n = {meta['n']:,} images of {images['source']}. {models}." if images else f"{models}."
+
+
+def render(figure: Figure, file_format: str) -> bytes:
+    """The figure as the bytes of a file, the same for the same figure."""
+    buffer = io.BytesIO()
+    stamp: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    options = {"pil_kwargs": {"optimize": True}} if file_format == "png" else {}
+    with style():
+        figure.savefig(
+            buffer, format=file_format, dpi=DPI, metadata=stamp.get(file_format), **options
+        )
+    return buffer.getvalue()

@@ -1,0 +1,329 @@
+"""A path, a dataset name or an array -> the same images in the same order for every model.
+
+Images are opened by position, so that a run can be resumed or shared out over processes. The
+order is a seeded permutation of the source's natural order: batches are then draws without
+replacement also from folders that are sorted by class (Raghu et al. 2021, section 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from vitprobe.core.errors import VitprobeError, nearest
+
+TIMM_PREFIXES = ("hfds/", "torch/")
+STREAM_PREFIXES = ("hfids/", "tfds/", "wds/")
+BROKEN_FRACTION_ALLOWED = 0.01
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it: upright, first frame, 8-bit RGB.
+
+    16-bit and floating-point greys are scaled to 8 bits; PIL's own conversion clips them to white.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I") else float(np.nanmax(grey)) or 1.0
+        image = Image.fromarray((255 * (grey / top).clip(0, 1)).round().astype(np.uint8))
+    if image.mode == "P":
+        # A palette with transparency warns unless it goes through RGBA.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+class ReaderSource:
+    """Pictures behind one of timm's readers: a folder, a tar, a Hugging Face dataset."""
+
+    def __init__(self, reader: Any, relative_to: str | None = None) -> None:
+        self.reader = reader
+        self.relative_to = relative_to
+
+    def __getitem__(self, index: int) -> Image.Image:
+        picture = self.reader[index][0]
+        if isinstance(picture, Image.Image):
+            return rgb(picture)
+        with picture, Image.open(picture) as image:
+            return rgb(image)
+
+
+class DatasetSource:
+    """Pictures of a map-style dataset that gives (PIL image, label)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return rgb(self.dataset[index][0])
+
+
+class ArraySource:
+    """A uint8 array (n, H, W, 3)."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.array[index])
+
+
+class TensorSource:
+    """A float tensor (n, C, H, W) that goes to every model as it is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.tensor[index]
+
+
+@dataclass(frozen=True)
+class Images:
+    """An ordered choice of images from one source.
+
+    Attributes:
+        source: what the figure's caption calls it.
+        items: opens the image at a position of the source: a PIL image in RGB, or a tensor.
+        order: (n,) positions in the source, in the order in which every model sees them.
+        digest: sha256 of the names and sizes (or bytes) of the chosen images, in order.
+        names: names of all images of the source, where it has names.
+        labels: (size of the source,) class indices, where it has classes.
+        classes: names of the classes.
+    """
+
+    source: str
+    items: Any
+    order: np.ndarray
+    digest: str
+    names: Sequence[str] | None = None
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def are_tensors(self) -> bool:
+        return isinstance(self.items, TensorSource)
+
+    def name(self, position: int) -> str:
+        """The name of the image at a position of ``order``."""
+        index = int(self.order[position])
+        return self.names[index] if self.names is not None else f"image {index}"
+
+    def open(self, position: int) -> Image.Image | torch.Tensor:
+        """The image at a position of ``order``; raises what its decoder raises."""
+        return self.items[int(self.order[position])]
+
+    def chosen_labels(self) -> np.ndarray | None:
+        """(n,) class indices in the order of the images, or None."""
+        return None if self.labels is None else self.labels[self.order]
+
+    def choose(self, positions: np.ndarray) -> Images:
+        """The images at these positions of ``order``."""
+        order = self.order[positions]
+        key = hashlib.sha256(self.digest.encode() + np.asarray(order, "<i8").tobytes())
+        return replace(self, order=order, digest=key.hexdigest())
+
+
+def open_images(
+    source: str | Path | np.ndarray | torch.Tensor | Images | None = None,
+    num_images: int | None = None,
+    seed: int = 0,
+) -> Images:
+    """Open images and fix their order.
+
+    Args:
+        source: a folder (searched recursively), a ``.tar``, an ``.npz``/``.npy`` of uint8
+            (n, H, W, 3), a timm dataset name (``hfds/...``, ``torch/...``, a split after ``:``),
+            such an array itself, a float tensor (n, C, H, W), or None: the bundled digit scenes.
+        num_images: how many, drawn without replacement by ``seed``; all of them by default.
+        seed: of the order and the choice.
+
+    Raises:
+        VitprobeError: no such source, no images in it, or fewer than asked for.
+    """
+    if isinstance(source, Images):
+        images = source
+    elif isinstance(source, torch.Tensor):
+        images = _from_tensor(source)
+    elif isinstance(source, np.ndarray):
+        images = _from_array(source, "an array")
+    elif source is None:
+        images = _bundled(num_images, seed)
+    elif str(source).startswith(TIMM_PREFIXES + STREAM_PREFIXES):
+        images = _from_timm(str(source))
+    else:
+        images = _from_path(Path(source).expanduser())
+    available = len(images)
+    if num_images is not None and num_images < 1:
+        raise VitprobeError(f"--num-images must be at least 1, not {num_images}.")
+    if num_images is not None and num_images > available:
+        raise VitprobeError(
+            f"{num_images} images were asked for, but {images.source} has {available}."
+        )
+    if isinstance(source, Images) and num_images is None:
+        return images
+    order = np.random.default_rng(seed).permutation(available)
+    return images.choose(order[: num_images or available])
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _all(n: int) -> np.ndarray:
+    return np.arange(n, dtype=np.int64)
+
+
+def _bundled(num_images: int | None, seed: int) -> Images:
+    from vitprobe.data.scenes import scenes
+
+    drawn = scenes(num_images or 1024, split="test", seed=seed)
+    images = _from_array(drawn.images, "digit scenes (test)")
+    return replace(
+        images, labels=np.asarray(drawn.labels), classes=tuple(str(d) for d in range(10))
+    )
+
+
+def _from_tensor(tensor: torch.Tensor) -> Images:
+    if tensor.ndim != 4 or not tensor.is_floating_point():
+        raise VitprobeError(
+            f"Images as a tensor must be float (n, C, H, W), not {tensor.dtype} "
+            f"{tuple(tensor.shape)}."
+        )
+    tensor = tensor.detach().cpu()
+    digest = hashlib.sha256(tensor.float().contiguous().numpy().tobytes()).hexdigest()
+    return Images("a tensor", TensorSource(tensor), _all(len(tensor)), digest)
+
+
+def _from_array(array: np.ndarray, label: str, labels: np.ndarray | None = None) -> Images:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+        raise VitprobeError(
+            f"Images in {label} must be uint8 (n, H, W, 3), not {array.dtype} {array.shape}."
+        )
+    if not len(array):
+        raise VitprobeError(f"There are no images in {label}.")
+    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return Images(label, ArraySource(array), _all(len(array)), digest, labels=labels)
+
+
+def _from_path(path: Path) -> Images:
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise VitprobeError(f"There is no {path}.{nearest(path.name, siblings)}")
+    if path.is_dir():
+        return _from_folder(path)
+    name = path.name.lower()
+    if name.endswith((".npz", ".npy")):
+        return _from_array_file(path)
+    if name.endswith(".tar"):
+        return _from_tar(path)
+    if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise VitprobeError(
+            f"{path} is a compressed tar, whose images cannot be read in any order: "
+            f"decompress it to a .tar or unpack it to a folder."
+        )
+    raise VitprobeError(
+        f"{path} is neither a folder of images nor a .tar, .npz or .npy (uint8 (n, H, W, 3))."
+    )
+
+
+def _from_folder(path: Path) -> Images:
+    from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+    try:
+        reader = ReaderImageFolder(str(path))
+    except RuntimeError:
+        raise VitprobeError(f"There are no images in the folder {path}.") from None
+    files = [Path(name) for name, _ in reader.samples]
+    names = [file.relative_to(path).as_posix() for file in files]
+    # Names and sizes decide; reading every byte before the first batch would cost a pass.
+    parts = [f"{n}\t{f.stat().st_size if f.exists() else -1}" for n, f in zip(names, files)]
+    return _labelled(path.name, reader, names, parts, [t for _, t in reader.samples])
+
+
+def _from_tar(path: Path) -> Images:
+    import tarfile
+
+    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+    try:
+        # The cache of the tar's index is a pickle beside the tar: neither read nor written.
+        reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise VitprobeError(f"{path} cannot be read as a tar: {error}") from error
+    except ValueError:
+        raise VitprobeError(f"There are no images in the tar {path}.") from None
+    members = [sample[0] for sample in reader.samples]
+    names = [member.path for member in members]
+    parts = [f"{member.path}\t{member.size}" for member in members]
+    return _labelled(path.name, reader, names, parts, list(reader.targets))
+
+
+def _labelled(
+    label: str, reader: Any, names: list[str], parts: list[str], targets: list[int]
+) -> Images:
+    index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
+    classes = tuple(sorted(index, key=lambda name: index[name]))
+    labels = np.asarray(targets, dtype=np.int64) if len(classes) > 1 else None
+    return Images(
+        label,
+        ReaderSource(reader),
+        _all(len(names)),
+        _digest(parts),
+        names=names,
+        labels=labels,
+        classes=classes if labels is not None else (),
+    )
+
+
+def _from_array_file(path: Path) -> Images:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return _from_array(loaded, path.name)
+        with loaded:
+            keys = list(loaded.files)
+            key = next((k for k in ("images", "x", "arr_0", *keys) if k in keys), None)
+            if key is None:
+                raise VitprobeError(f"There are no arrays in {path}.")
+            labels = next((loaded[k] for k in ("labels", "y") if k in keys), None)
+            return _from_array(loaded[key], f"{path.name} ({key})", labels)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise VitprobeError(f"{path} cannot be read as arrays of images: {error}") from error
+
+
+def _from_timm(name: str) -> Images:
+    if name.startswith(STREAM_PREFIXES):
+        raise VitprobeError(
+            f"{name} is a stream, whose images have no fixed order; use hfds/..., torch/..., a "
+            f"folder, a .tar or an .npz."
+        )
+    from timm.data.dataset_factory import create_dataset
+
+    dataset_name, _, split = name.partition(":")
+    # torchvision has no default place for data sets; torch's own cache is where models go too.
+    cache = Path(torch.hub.get_dir()).parent / "datasets"
+    root = str(cache) if name.startswith("torch/") else None
+    try:
+        dataset = create_dataset(
+            dataset_name, root=root, split=split or "validation", download=root is not None
+        )
+        size = len(dataset)
+    except ImportError as error:
+        raise VitprobeError(f"{name} needs another package: {error}") from error
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise VitprobeError(f"The dataset {name} cannot be opened: {reason}") from error
+    items = ReaderSource(dataset.reader) if hasattr(dataset, "reader") else DatasetSource(dataset)
+    return Images(name, items, _all(size), _digest([name, str(size)]))

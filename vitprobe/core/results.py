@@ -1,0 +1,172 @@
+"""The result base: arrays with their provenance, saved whole, loaded without executing anything.
+
+A result file is an ``.npz`` of plain arrays plus ``meta``, a JSON string. It is enough to draw the
+figure again without the models.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vitprobe.core.checkpoint import write_atomically
+from vitprobe.core.errors import VitprobeError
+
+FORMATS = ("png", "pdf", "svg")
+HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this n"
+# A claim is decided two standard errors away from its threshold, about 95 % of the time rightly.
+DECISIVE_STANDARD_ERRORS = 2.0
+
+ANALYSES = (
+    "cka",
+    "attention_distance",
+    "head_subsets",
+    "attention_rollout",
+    "receptive_field",
+    "skip_ratio",
+    "skip_ablation",
+    "linear_probe",
+    "localization",
+    "position_embedding",
+    "patch_embedding",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim of a paper, and whether it holds for the models at hand.
+
+    Attributes:
+        claim: in one sentence.
+        source: paper and figure.
+        verdict: ``holds``, ``does not hold`` or ``not decidable at this n``.
+        numbers: what decided it, with standard errors.
+    """
+
+    claim: str
+    source: str
+    verdict: str
+    numbers: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.claim} ({self.source}) [{self.numbers}]"
+
+
+def decide(value: float, standard_error: float, threshold: float = 0.0) -> str:
+    """Whether ``value`` > ``threshold``, as a verdict; open within two standard errors."""
+    if not math.isfinite(value) or not math.isfinite(standard_error):
+        return OPEN
+    if abs(value - threshold) <= DECISIVE_STANDARD_ERRORS * standard_error:
+        return OPEN
+    return HOLDS if value > threshold else FAILS
+
+
+def combine(verdicts: Sequence[str]) -> str:
+    """The verdict on a claim of several parts: all must hold, one that fails decides."""
+    if FAILS in verdicts:
+        return FAILS
+    return OPEN if OPEN in verdicts or not verdicts else HOLDS
+
+
+def plus_minus(value: float, standard_error: float, digits: int = 3) -> str:
+    """``0.512 ± 0.004``; the error is left out where there is none."""
+    text = f"{value:.{digits}f}"
+    return f"{text} ± {standard_error:.{digits}f}" if math.isfinite(standard_error) else text
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a measurement returns: documented arrays (the subclass's fields) and ``meta``.
+
+    Attributes:
+        meta: provenance as plain JSON values: analysis, models with the origin and sha256 of their
+            weights, images with a digest, n, batch size, seed, versions, command line.
+    """
+
+    meta: dict[str, Any]
+
+    analysis: ClassVar[str] = ""
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw on ``ax`` and return it, or on a new figure and return that; computes nothing."""
+        raise NotImplementedError
+
+    def findings(self) -> list[Finding]:
+        """The papers' claims that apply to these models, each with its verdict and numbers."""
+        return []
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays as the file holds them, by name."""
+        names = [field.name for field in fields(self) if field.name != "meta"]
+        return {name: np.asarray(getattr(self, name)) for name in names}
+
+    def save(self, path: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+        """Write the figure in each format and the numbers as ``.npz``, all or none.
+
+        Args:
+            path: with or without a suffix; the files differ in theirs.
+            formats: of ``png``, ``pdf``, ``svg``.
+
+        Returns:
+            the paths written.
+        """
+        from vitprobe.core.drawing import render
+
+        stem = Path(path)
+        if stem.suffix.lstrip(".") in (*FORMATS, "npz"):
+            stem = stem.with_suffix("")
+        figure = self.plot()
+        contents = {Path(f"{stem}.{name}"): render(figure, name) for name in formats}
+        contents[Path(f"{stem}.npz")] = self._npz()
+        write_atomically(contents)
+        return list(contents)
+
+    def _npz(self) -> bytes:
+        arrays = self.arrays()
+        for name, array in arrays.items():
+            if array.dtype == object:
+                raise TypeError(f"{type(self).__name__}.{name} is no plain array")
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, meta=np.array(json.dumps(self.meta)), **arrays)
+        return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        from vitprobe.core.drawing import render
+
+        return render(self.plot(), "png")
+
+
+def load_result(path: str | Path) -> Result:
+    """The result in a file that ``save`` wrote.
+
+    Raises:
+        VitprobeError: no such file, or not a result of vitprobe.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VitprobeError(f"There is no result file {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+        meta = json.loads(str(arrays.pop("meta")))
+        analysis = meta["analysis"]
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise VitprobeError(f"{path} is not a result file of vitprobe.") from error
+    # The name comes from a file: only measurements are imported by it.
+    if analysis not in ANALYSES:
+        raise VitprobeError(f"{path} holds {analysis!r}, which is no measurement of vitprobe.")
+    result_type = import_module(f"vitprobe.{analysis}").RESULT
+    wanted = {field.name for field in fields(result_type)} - {"meta"}
+    if wanted - arrays.keys():
+        missing = ", ".join(sorted(wanted - arrays.keys()))
+        raise VitprobeError(f"{path} lacks {missing}: it was written by another version.")
+    return result_type(meta=meta, **{name: arrays[name] for name in wanted})

@@ -1,0 +1,300 @@
+"""What one forward pass does: the module calls, the residual additions, the attention.
+
+``record`` watches a single pass closely and says where things are; ``AdditionHooks`` then
+hands the operands of chosen additions to callbacks in any number of cheap later passes.
+Both see operations, not module families, so one code serves every architecture.
+
+While ``record`` runs, each tensor that depends on the input carries a node: its ancestors
+and the largest number of weighted operations on a path to it, from which ``classify``
+tells residual additions. Additions inside modules without children (activations, response
+normalisation) do not count.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .additions import ADDS, Addition, AdditionHooks, Node, classify, operands, unobserved
+
+__all__ = ["Addition", "AdditionHooks", "Call", "TensorInfo", "Trace", "record", "unobserved"]
+
+_SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
+_FUSED_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+# The values of these do not depend on any tensor given, or on the first one only.
+_BLANK = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"} | {
+    f"{name}_like" for name in ("empty", "zeros", "ones", "full", "rand", "randn")
+}
+_LIKE_ANOTHER = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as it was when seen; equal ``identity`` means the very same values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    depends: bool  # on the input of the pass
+    identity: tuple[int, int, int, int]  # storage, offset, elements, version
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module. A call contains another if its started-finished span does.
+
+    ``outputs`` and ``inputs`` name each tensor by the path to it: '' for a plain output
+    tensor, "[0]" or "['key']" within containers; inputs are "[0]" or "['keyword']".
+    """
+
+    name: str  # qualified; '' for the root
+    index: int  # the how-manieth call of this module, from 0
+    type_name: str
+    is_leaf: bool
+    started: int
+    finished: int
+    outputs: list[tuple[str, TensorInfo]]
+    inputs: list[tuple[str, TensorInfo]]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one pass did; holds no activations."""
+
+    calls: list[Call]  # in order of completion
+    additions: list[Addition]  # in order
+    attention_modules: list[str]  # innermost modules that ran an attention candidate
+
+
+@dataclass(eq=False)
+class _Frame:
+    """A module call that is under way."""
+
+    module: nn.Module
+    name: str
+    index: int
+    started: int
+    inputs: list[tuple[str, TensorInfo]]
+    nodes: list[Node]
+
+
+def tensors(value: Any, suffix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Each tensor in nested tuples, lists, mappings and dataclasses, with the path to it."""
+    if isinstance(value, Tensor):
+        yield suffix, value
+    elif isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        for i, item in enumerate(value):
+            yield from tensors(item, f"{suffix}[{i}]")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors(item, f"{suffix}[{key!r}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for key, item in vars(value).items():
+            yield from tensors(item, f"{suffix}[{key!r}]")
+
+
+def _attends(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Fused attention, or a softmax over the last of at least 3 axes, the last two above 1."""
+    if function in _FUSED_ATTENTION:
+        return True
+    if function not in _SOFTMAXES:
+        return False
+    scores = args[0] if args else kwargs["input"]
+    axis = args[1] if len(args) > 1 else kwargs.get("dim")
+    return scores.ndim >= 3 and axis in (-1, scores.ndim - 1) and min(scores.shape[-2:]) > 1
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors without storage
+        return id(tensor)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, names: dict[nn.Module, str], on_output: Callable | None):
+        super().__init__()
+        self.names, self.on_output = names, on_output
+        self.clock = self.adds = 0
+        self.nodes: list[Node] = []
+        # Kept alive until the end, so that no id or storage is used twice.
+        self.seen: dict[int, tuple[Tensor, Node | None, int]] = {}
+        self.writes: dict[int, tuple[int, Node]] = {}  # storage: its last in-place change
+        self.stack: list[_Frame] = []
+        self.times_called: Counter[str] = Counter()
+        self.calls: list[Call] = []
+        self.additions: list[Addition] = []
+        self.attention_modules: dict[str, None] = {}
+
+    def node_of(self, tensor: Tensor) -> Node | None:
+        """The node of a tensor, in-place changes through other views of it included."""
+        _, node, version = self.seen.get(id(tensor), (tensor, None, -1))
+        written = self.writes.get(_storage(tensor)) if self.writes else None
+        if written is None or written[0] <= version:
+            return node
+        version, change = written
+        if node is not None and not change.descends(node):
+            change = self.new_node([node, change])
+        self.seen[id(tensor)] = (tensor, change, version)
+        return change
+
+    def new_node(self, parents: list[Node], weighted: bool = False, attends: bool = False):
+        ancestors = 0
+        for parent in parents:
+            ancestors |= parent.lineage
+        weights = max((parent.weights for parent in parents), default=0) + weighted
+        name = self.stack[-1].name if self.stack else ""  # the input comes before any call
+        node = Node(len(self.nodes), ancestors, weights, name, attends)
+        self.nodes.append(node)
+        return node
+
+    def info(self, tensor: Tensor) -> TensorInfo:
+        node = self.node_of(tensor)
+        self.seen.setdefault(id(tensor), (tensor, None, -1))
+        offset = int(tensor.storage_offset()) if tensor.layout == torch.strided else 0
+        identity = (_storage(tensor), offset, tensor.numel(), _version(tensor))
+        return TensorInfo(tuple(tensor.shape), tensor.dtype, node is not None, identity)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.stack:  # other hooks of the root, before or after its forward
+            return function(*args, **kwargs)
+        self.clock += 1
+        given = [tensor for _, tensor in tensors((args, kwargs))]
+        nodes = [self.node_of(tensor) for tensor in given]
+        if function in ADDS and (pair := operands(args, kwargs)):
+            if "out" not in kwargs:
+                self.consider(*pair)
+            self.adds += 1
+        parents = [node for node in nodes if node]
+        attends = bool(parents) and _attends(function, args, kwargs)
+        if attends:
+            self.attention_modules[self.stack[-1].name] = None
+        target = kwargs.get("out", args[0] if args else None)
+        target = target if isinstance(target, Tensor) else None
+        version = None if target is None else _version(target)
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name in _LIKE_ANOTHER:
+            parents = [node for node in nodes[:1] if node]
+        if not parents or name in _BLANK:
+            return result
+        weighted = any(
+            node is None and sum(size > 1 for size in tensor.shape) >= 2
+            for tensor, node in zip(given, nodes, strict=True)
+        )
+        if target is not None and _version(target) != version:
+            node = self.new_node(parents, weighted, attends)
+            self.seen[id(target)] = (target, node, _version(target))
+            self.writes[_storage(target)] = (_version(target), node)
+        known = {id(tensor) for tensor in given}
+        for _, tensor in tensors(result):
+            if id(tensor) not in known:
+                node = self.new_node(parents, weighted, attends)
+                self.seen[id(tensor)] = (tensor, node, _version(tensor))
+        return result
+
+    def consider(self, first: Tensor, second: Tensor) -> None:
+        """Note the addition that is about to happen if it is a residual one."""
+        frame = self.stack[-1]
+        one, other = self.node_of(first), self.node_of(second)
+        if one is None or other is None or first.shape != second.shape:
+            return
+        if _is_leaf(frame.module) or not torch.result_type(first, second).is_floating_point:
+            return
+        found = classify((one, other), frame.nodes, self.nodes)
+        if found is None:
+            return
+        kind, skip, fork = found
+        branch = (other, one)[skip]
+        since = [
+            node
+            for node in self.nodes[fork.position + 1 : branch.position + 1]
+            if branch.lineage >> node.position & 1 and node.descends(fork)
+        ]
+        self.additions.append(
+            Addition(
+                self.adds, 0, frame.name, frame.index, kind, skip, tuple(first.shape),
+                self.clock, tuple(dict.fromkeys(node.module for node in since)),
+                any(node.attends for node in since),
+            )
+        )  # fmt: skip
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        with unobserved():
+            self.clock += 1
+            name = self.names[module]
+            given = list(tensors(args)) + list(tensors(kwargs))
+            if not self.stack:
+                for _, tensor in given:
+                    self.seen[id(tensor)] = (tensor, self.new_node([]), _version(tensor))
+            inputs = [(suffix, self.info(tensor)) for suffix, tensor in given]
+            nodes = [node for _, tensor in given if (node := self.node_of(tensor))]
+            index = self.times_called[name]
+            self.stack.append(_Frame(module, name, index, self.clock, inputs, nodes))
+            self.times_called[name] += 1
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        with unobserved():
+            self.clock += 1
+            frame = self.stack.pop()
+            while frame.module is not module:  # calls that an exception ended
+                frame = self.stack.pop()
+            if isinstance(module, nn.MultiheadAttention):
+                self.attention_modules[frame.name] = None
+            given = list(tensors(output))
+            outputs = [(suffix, self.info(tensor)) for suffix, tensor in given]
+            call = Call(
+                frame.name, frame.index, type(module).__name__, _is_leaf(module),
+                frame.started, self.clock, outputs, frame.inputs,
+            )  # fmt: skip
+            self.calls.append(call)
+            if self.on_output is not None:
+                for suffix, tensor in given:
+                    self.on_output(call, suffix, tensor)
+
+
+def record(
+    module: nn.Module,
+    *inputs: Any,
+    on_output: Callable[[Call, str, Tensor], None] | None = None,
+    **keyword_inputs: Any,
+) -> Trace:
+    """Watch one forward pass of ``module``, in the mode it is in, without gradients.
+
+    ``on_output(call, suffix, tensor)`` gets every tensor that a module returns, at the
+    moment it exists. All tensors of the pass stay in memory until it ends: give few images.
+    """
+    recorder = _Recorder({child: name for name, child in module.named_modules()}, on_output)
+    handles = []
+    try:
+        for child in recorder.names:
+            handles.append(child.register_forward_pre_hook(recorder.enter, with_kwargs=True))
+            handles.append(child.register_forward_hook(recorder.leave))
+        with torch.inference_mode(False), torch.no_grad():
+            # Tensors made under inference mode have no version to tell changes by.
+            args = [_ordinary(value) for value in inputs]
+            kwargs = {key: _ordinary(value) for key, value in keyword_inputs.items()}
+            with recorder:
+                module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    additions = [replace(addition, total=recorder.adds) for addition in recorder.additions]
+    return Trace(recorder.calls, additions, list(recorder.attention_modules))
+
+
+def _ordinary(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
