@@ -102,9 +102,9 @@ class CKAResult(Result):
         image = drawing.heat_map(ax, self.cka[np.ix_(rows, columns)], vmin=low, vmax=1)
         names = self.models
         for axis, chosen, model in ((ax.yaxis, rows, a), (ax.xaxis, columns, b)):
-            label = "all models" if model is None else names[model]
+            label = names[model] if model is not None else "all models"
             drawing.layer_axis(axis, [str(name) for name in self.layers[chosen]], label)
-        if a is None:
+        if a is None or b is None:
             for edge in np.flatnonzero(np.diff(self.model_of_layer)) + 0.5:
                 ax.axhline(edge, color="white", linewidth=1)
                 ax.axvline(edge, color="white", linewidth=1)
@@ -135,7 +135,7 @@ class CKAResult(Result):
                     f"low and high layers are more alike in {vit} than in {cnn}, which splits "
                     f"by stage",
                     "Raghu et al. 2021, Fig. 1",
-                    combine([decide(*spread, CLEARLY), decide(*stages)]),
+                    combine([decide(spread[0], spread[1], CLEARLY), decide(*stages)]),
                     f"mean CKA of lowest and highest third: {vit} {plus_minus(*pair['vit'])}, "
                     f"{cnn} {plus_minus(*pair['cnn'])}, difference {plus_minus(*spread)} (more "
                     f"than {CLEARLY} asked); {cnn} within minus between stages "
@@ -259,8 +259,8 @@ def _pairs(
     """What the findings rest on, (value, standard error) each, for every ViT and CNN."""
     rows = [torch.from_numpy(np.flatnonzero(owner == m)) for m in range(len(ready.models))]
     pairs = []
-    for a in np.flatnonzero(has_attention):
-        for b in np.flatnonzero(~np.array(has_attention)):
+    for a in np.flatnonzero(has_attention).tolist():
+        for b in np.flatnonzero(~np.array(has_attention)).tolist():
             if min(len(rows[a]), len(rows[b])) < 3:
                 continue
 

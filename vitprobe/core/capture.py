@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def capture(module: nn.Module, layers: Sequence[Layer], reduce: Reduce) -> Itera
 
     for i, layer in enumerate(layers):
         if layer.addition is not None:
-            after[layer.addition] = lambda total, i=i, layer=layer: take(i, layer, total)
+            after[layer.addition] = partial(take, i, layer)
         else:
             place = outputs if layer.point == "output" else inputs
             place.setdefault(layer.module, []).append((i, layer))

@@ -66,7 +66,7 @@ class Checkpoint:
         """Write this process's sums and the batches that they hold."""
         if self.path is None:
             return
-        arrays = {name: total.cpu().numpy() for name, total in state.items()}
+        arrays: Any = {name: total.cpu().numpy() for name, total in state.items()}
         buffer = io.BytesIO()
         np.savez(buffer, _key=np.array(self.key), _done=done, **arrays)
         write_atomically({self._file(self.rank): buffer.getvalue()})

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vitprobe.core.errors import VitprobeError
+from vitprobe.core.models import bundled_models
 from vitprobe.core.results import FORMATS, Result
 
 INTERRUPTED, FAILED = 130, 2
 DEFAULT_OUT = "vitprobe-out"
+# What every command runs on when nothing is said; they come with vitprobe.
+DEFAULT_MODELS = ("vit_small_box", "resnet_box")
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,13 +106,13 @@ def run(
     argv: Sequence[str] | None,
     name: str,
     measure: Callable[[argparse.Namespace], Result],
-    default_models: Sequence[str] = (),
+    default_models: Sequence[str] = DEFAULT_MODELS,
 ) -> int:
     """Parse, measure, save, print the paths and findings; the exit status."""
     args = result_parser.parse_args(argv)
 
     def body() -> None:
-        args.models = args.models or list(default_models)
+        args.models = args.models or [m for m in default_models if m in bundled_models()]
         if not args.models:
             raise VitprobeError("--models is needed: NAME, NAME@random or NAME@FILE.")
         check_writable(args.out, args.stem)

@@ -13,8 +13,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 DPI = 150
 MAX_NAMED_LAYERS = 40
@@ -23,7 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 SEQUENTIAL = "magma"
 DIVERGING = "RdBu_r"
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.labelsize": 9,
@@ -33,7 +35,7 @@ _STYLE = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "image.interpolation": "nearest",
     "svg.hashsalt": "vitprobe",
     "hatch.linewidth": 0.5,
@@ -74,7 +76,7 @@ def layer_axis(axis: Any, names: Sequence[str], label: str) -> None:
         if axis.axis_name == "x":
             axis.set_tick_params(rotation=90)
     else:
-        axis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True))
+        axis.set_major_locator(MaxNLocator(8, integer=True))
         label = f"{label}, layer 0–{count - 1}"
     size = 7 if count <= 26 else 5
     axis.set_tick_params(labelsize=size, length=2)
@@ -102,7 +104,7 @@ def render(figure: Figure, file_format: str) -> bytes:
     """The figure as the bytes of a file, the same for the same figure."""
     buffer = io.BytesIO()
     stamp: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    options = {"pil_kwargs": {"optimize": True}} if file_format == "png" else {}
+    options: Any = {"pil_kwargs": {"optimize": True}} if file_format == "png" else {}
     with style():
         figure.savefig(
             buffer, format=file_format, dpi=DPI, metadata=stamp.get(file_format), **options

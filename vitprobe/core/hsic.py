@@ -74,7 +74,8 @@ def _rows(features: Tensor) -> Tensor:
     """(n, features) without a copy where the storage allows it: a Gram ignores their order."""
     n = features.shape[0]
     if not features.is_contiguous():
-        order = sorted(range(1, features.ndim), key=lambda d: -features.stride(d))
+        strides = features.stride()
+        order = sorted(range(1, features.ndim), key=lambda axis: -strides[axis])
         features = features.permute(0, *order)
     return features.reshape(n, -1)
 

@@ -86,9 +86,8 @@ class LayerMap:
         wanted = [choice] if isinstance(choice, str) else list(choice)
         chosen: dict[str, Layer] = {}
         for one in wanted:
-            found = {"blocks": self._blocks, "paper": self._paper, "all": self._all}.get(
-                one, lambda one=one: self._named(one)
-            )()
+            sets = {"blocks": self._blocks, "paper": self._paper, "all": self._all}
+            found = sets[one]() if one in sets else self._named(one)
             chosen.update({layer.label: layer for layer in found})
         if not chosen:
             raise VitprobeError(f"{self.model} has no layers for --layers {' '.join(wanted)}.")
@@ -139,9 +138,12 @@ class LayerMap:
         for layer in self.layers:
             if any(layer.module.startswith(f"{name}.") for name in attention):
                 continue
-            if layer.point in ("addition", "input") or layer.module in attention:
-                kept.append(layer)
-            elif layer.point == "output" and _is_norm_or_conv(self.modules[layer.module]):
+            sum_or_hidden = layer.point in ("addition", "input")
+            if (
+                sum_or_hidden
+                or layer.module in attention
+                or _is_norm_or_conv(self.modules[layer.module])
+            ):
                 kept.append(layer)
         return _distinct(kept)
 
@@ -217,9 +219,16 @@ def map_layers(name: str, module: nn.Module, example: Tensor) -> LayerMap:
                 continue
             layers.append(
                 Layer(
-                    label, call.finished, call.name, call.index, suffix, axis=axis, fold=fold,
-                    shape=_one_image(info.shape, axis, fold), identity=info.identity,
-                )  # fmt: skip
+                    label,
+                    call.finished,
+                    call.name,
+                    call.index,
+                    suffix,
+                    axis=axis,
+                    fold=fold,
+                    shape=_one_image(info.shape, axis, fold),
+                    identity=info.identity,
+                )
             )
     layers += _sums(alone, trace)
     layers += _hiddens(trace, module, layers)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +179,7 @@ def wrap(
     if transform is None and getattr(module, "pretrained_cfg", None):
         transform, size, key = _timm_transform(module, input_size[1] if input_size else None)
         input_size = input_size or size
-        timm_name = str(module.pretrained_cfg.get("architecture", ""))
+        timm_name = str(_config(module).get("architecture", ""))
     return Model(name, module, transform, input_size, timm_name=timm_name, transform_key=key)
 
 
@@ -188,7 +187,7 @@ def load_models(models: Any, image_size: int | None = None, seed: int = 0) -> li
     """One model or several, each a spec, a module or a ``Model``; equal names get a number."""
     if isinstance(models, str | nn.Module | Model):
         models = [models]
-    loaded = []
+    loaded: list[Model] = []
     for model in models:
         if isinstance(model, str):
             model = load_model(model, image_size, seed)
@@ -207,17 +206,12 @@ def load_models(models: Any, image_size: int | None = None, seed: int = 0) -> li
 @cache
 def bundled_models() -> dict[str, dict[str, Any]]:
     """The cards of the models that come with vitprobe, by name."""
-    cards = {}
-    for entry in files("vitprobe.data").iterdir():
-        if entry.name.endswith(".json"):
-            card = json.loads(entry.read_text(encoding="utf-8"))
-            cards[card["name"]] = card
-    return dict(sorted(cards.items()))
+    from vitprobe import data
+
+    return {name: data.load_card(name) for name in data.names()}
 
 
 def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: int) -> Model:
-    from timm import create_model
-
     from vitprobe.data import build
 
     card = bundled_models()[name]
@@ -226,28 +220,25 @@ def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: i
         raise VitprobeError(f"{name} takes {size[1]} px only, not {image_size}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = build(card, create_model)
+        module = build(card, trained=not weights)
     transform = _eval_transform(size, card["mean"], card["std"])
     key = f"digit scenes {size} mean {card['mean']} std {card['std']}"
     base = Model(name, module, transform, size, timm_name=card["timm_model"], transform_key=key)
     if weights == "random":
         return replace(base, name=f"{name} (random)", origin=f"random (seed {seed})")
-    if weights:
-        path = Path(weights).expanduser()
-        state, details = read_state_dict(path), {"file": path.name, "file_sha256": _sha256(path)}
-        origin = f"file {path.name}"
-    else:
-        with as_file(files("vitprobe.data") / card["weights"]) as path:
-            state = read_state_dict(path)
-        details, origin = {"card": card}, f"bundled, {card['pictures_seen']:,} pictures"
+    if not weights:
+        seen = f"bundled, trained on {card['pictures_seen']:,} pictures"
+        return replace(base, origin=seen, details={"card": card})
+    path = Path(weights).expanduser()
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(read_state_dict(path))
     except RuntimeError as error:
         raise VitprobeError(f"{spec}: the weights do not fit {name}: {_first(error)}") from error
-    return replace(base, origin=origin, details=details)
+    details: dict[str, Any] = {"file": path.name, "file_sha256": _sha256(path)}
+    return replace(base, origin=f"file {path.name}", details=details)
 
 
-def _eval_transform(size: tuple[int, ...], mean: list[float], std: list[float]) -> Any:
+def _eval_transform(size: tuple[int, int, int], mean: list[float], std: list[float]) -> Any:
     from timm.data import create_transform
 
     return create_transform(
@@ -300,13 +291,18 @@ def _create(
                 module = timm.create_model(timm_name, **options)
     except (OSError, RuntimeError, ValueError, AssertionError, KeyError, TypeError) as error:
         raise _explained(spec, name, image_size, overlay, error) from error
-    module.pretrained_cfg.pop("state_dict", None)
+    config = _config(module)
+    config.pop("state_dict", None)
     if from_hub:
-        tag = module.pretrained_cfg.get("tag", "")
-        architecture = module.pretrained_cfg.get("architecture", timm_name)
+        tag, architecture = config.get("tag", ""), config.get("architecture", timm_name)
         origin = f"{architecture}.{tag}" if tag else timm_name
     transform, size, key = _timm_transform(module, image_size)
     return Model(name, module.eval(), transform, size, origin, timm_name, key)
+
+
+def _config(module: nn.Module) -> dict[str, Any]:
+    """timm's record of where a model's weights come from."""
+    return vars(module)["pretrained_cfg"]
 
 
 def _explained(
@@ -314,6 +310,8 @@ def _explained(
 ) -> VitprobeError:
     reason = _first(error)
     ways = f"Ways on: {name}@random (untrained), {name}@FILE (weights at hand)"
+    if name.startswith(REMOTE_PREFIXES):
+        ways = "Ways on: ARCHITECTURE@random (untrained), ARCHITECTURE@FILE (weights at hand)"
     bundled = ", ".join(list(bundled_models())[:3])
     ways += f", or a bundled model ({bundled})." if bundled else "."
     if overlay is not None and "img_size" not in reason:
@@ -380,7 +378,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         # Readers of damaged files raise anything; whatever it is, the file is the reason.
         raise VitprobeError(
             f"{path} is neither a safetensors file nor a state dict that can be read safely "
-            f"({type(error).__name__}: {_first(error)})"
+            f"({type(error).__name__})."
         ) from error
     from timm.models import clean_state_dict
 

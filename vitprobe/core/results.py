@@ -131,7 +131,7 @@ class Result:
         return list(contents)
 
     def _npz(self) -> bytes:
-        arrays = self.arrays()
+        arrays: Any = self.arrays()
         for name, array in arrays.items():
             if array.dtype == object:
                 raise TypeError(f"{type(self).__name__}.{name} is no plain array")

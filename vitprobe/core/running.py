@@ -403,4 +403,3 @@ def _sum_over_processes(state: Sums, device: torch.device) -> None:
 def is_main_process() -> bool:
     """Whether this process is the one that draws and prints."""
     return int(os.environ.get("RANK", "0")) == 0
-

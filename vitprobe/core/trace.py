@@ -183,8 +183,7 @@ class _Recorder(TorchFunctionMode):
         if attends:
             self.attention_modules[self.stack[-1].name] = None
         target = kwargs.get("out", args[0] if args else None)
-        target = target if isinstance(target, Tensor) else None
-        version = None if target is None else _version(target)
+        version = _version(target) if isinstance(target, Tensor) else None
         result = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name in _LIKE_ANOTHER:
@@ -195,7 +194,7 @@ class _Recorder(TorchFunctionMode):
             node is None and sum(size > 1 for size in tensor.shape) >= 2
             for tensor, node in zip(given, nodes, strict=True)
         )
-        if target is not None and _version(target) != version:
+        if version is not None and _version(target) != version:
             node = self.new_node(parents, weighted, attends)
             self.seen[id(target)] = (target, node, _version(target))
             self.writes[_storage(target)] = (_version(target), node)
@@ -235,13 +234,13 @@ class _Recorder(TorchFunctionMode):
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         with unobserved():
             self.clock += 1
-            name = self.names[module]
             given = list(tensors(args)) + list(tensors(kwargs))
             if not self.stack:
                 for _, tensor in given:
                     self.seen[id(tensor)] = (tensor, self.new_node([]), _version(tensor))
             inputs = [(suffix, self.info(tensor)) for suffix, tensor in given]
             nodes = [node for _, tensor in given if (node := self.node_of(tensor))]
+            name = self.names[module]
             index = self.times_called[name]
             self.stack.append(_Frame(module, name, index, self.clock, inputs, nodes))
             self.times_called[name] += 1

@@ -1,0 +1,42 @@
+"""Draw a result file again, without its models, in another format or by a newer version."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitprobe.core import cli
+from vitprobe.core.checkpoint import write_atomically
+from vitprobe.core.drawing import render
+from vitprobe.core.results import load_result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.redraw FILE``."""
+    parser = cli.Parser(prog="python -m vitprobe.redraw", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".npz of a measurement")
+    cli.add_output(parser)
+    # A drawing goes beside its numbers unless it is sent elsewhere.
+    parser.set_defaults(out=None)
+    args = parser.parse_args(argv)
+
+    def body() -> None:
+        for file in args.files:
+            result = load_result(file)
+            out = args.out or file.parent
+            cli.check_writable(out, args.stem)
+            figure = result.plot()
+            stem = args.stem or file.stem
+            drawn = {out / f"{stem}.{name}": render(figure, name) for name in args.format}
+            write_atomically(drawn)
+            for path in drawn:
+                print(path)
+            for finding in result.findings():
+                print(finding)
+
+    return cli.guarded(body, args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
