@@ -29,7 +29,7 @@ from vitprobe.core.capture import capture
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
 from vitprobe.core.layers import Layer, map_layers
-from vitprobe.core.results import Finding, Result, combine, decide, plus_minus
+from vitprobe.core.results import Finding, Result, combine, decide, plain, plus_minus
 from vitprobe.core.running import Batch, Options, Session, session
 
 # Where the papers say "clearly larger" and "about", a number has to be chosen: these are ours.
@@ -142,12 +142,13 @@ class CKAResult(Result):
                     f"{plus_minus(*stages)}",
                 )
             )
+            depth_left = (None if depth[0] is None else EARLY_DEPTH - depth[0], depth[1])
             found.append(
                 Finding(
                     f"the lower half of {cnn} is most like the lowest layers of {vit}, whose last "
                     f"third is less like any of {cnn}",
                     "Raghu et al. 2021, Fig. 2",
-                    combine([decide(-depth[0], depth[1], -EARLY_DEPTH), decide(*late)]),
+                    combine([decide(*depth_left), decide(*late)]),
                     f"best-matching depth in {vit} {plus_minus(*depth)} (at most {EARLY_DEPTH} "
                     f"asked); CKA with its first two thirds minus its last, least over the layers "
                     f"of {cnn}: {plus_minus(*late)}",
@@ -280,7 +281,7 @@ def _pairs(
                 {
                     "attention": ready.models[a].name,
                     "convolution": ready.models[b].name,
-                    **{k: [float(v), float(e)] for k, v, e in zip(keys, value, error)},
+                    **{k: [plain(v), plain(e)] for k, v, e in zip(keys, value, error)},
                 }
             )
     return pairs

@@ -111,7 +111,8 @@ def normalise(sums: Tensor) -> Tensor:
     """CKA from HSIC sums (..., k, k); NaN where a layer's own HSIC is 0 (it does not vary)."""
     own = sums.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(own > 0, own, torch.nan).sqrt()
-    return sums / scale[..., :, None] / scale[..., None, :]
+    # Symmetric to the last digit, which a matrix product need not be.
+    return (sums + sums.mT) / 2 / (scale[..., :, None] * scale[..., None, :])
 
 
 def jackknife(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -117,15 +118,11 @@ class LayerMap:
             if layer.module:
                 pattern = _pattern(layer.module)
                 counts[pattern] = counts.get(pattern, 0) + 1
-        repeated = {pattern for pattern, count in counts.items() if count > 1}
-        depth = min((pattern.count(".") for pattern in repeated), default=0)
+        repeated = [pattern for pattern, count in counts.items() if count > 1]
         if not repeated:
             return [la for la in outputs if la.module and "." not in la.module]
-        return [
-            la
-            for la in outputs
-            if la.module.count(".") == depth and _pattern(la.module) in repeated
-        ]
+        chosen = min(repeated, key=lambda pattern: (pattern.count("."), -counts[pattern]))
+        return [la for la in outputs if _pattern(la.module) == chosen]
 
     def _paper(self) -> list[Layer]:
         """The representations that give the axis lengths of Raghu et al. 2021.
@@ -202,10 +199,18 @@ def map_layers(name: str, module: nn.Module, example: Tensor) -> LayerMap:
         axis, fold = place
         first = tensor.movedim(axis, 0)[:fold]
         allowed = MIXING_TOLERANCE.get(tensor.dtype, 5e-2) * max(norm, 1e-6)
-        mixing[key] = axis, fold, not abs(_norm(first) - norm) <= allowed
+        # Values that are not finite tell nothing of rows; the measurement names their layer.
+        mixes = isfinite(norm) and not abs(_norm(first) - norm) <= allowed
+        mixing[key] = axis, fold, mixes
 
-    alone = record(module, example[:1], on_output=one)
-    trace = record(module, example[:2], on_output=two)
+    try:
+        alone = record(module, example[:1], on_output=one)
+        trace = record(module, example[:2], on_output=two)
+    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise VitprobeError(
+            f"{name} cannot run on images of {tuple(example.shape[1:])}: {reason}"
+        ) from error
     layers, mixed = [], []
     for call in trace.calls:
         for suffix, info in call.outputs:

@@ -61,8 +61,15 @@ class Finding:
         return f"{self.verdict}: {self.claim} ({self.source}) [{self.numbers}]"
 
 
-def decide(value: float, standard_error: float, threshold: float = 0.0) -> str:
+def plain(value: float) -> float | None:
+    """A number as JSON has it, which knows no NaN: None stands for undefined."""
+    return float(value) if math.isfinite(value) else None
+
+
+def decide(value: float | None, standard_error: float | None, threshold: float = 0.0) -> str:
     """Whether ``value`` > ``threshold``, as a verdict; open within two standard errors."""
+    if value is None or standard_error is None:
+        return OPEN
     if not math.isfinite(value) or not math.isfinite(standard_error):
         return OPEN
     if abs(value - threshold) <= DECISIVE_STANDARD_ERRORS * standard_error:
@@ -77,10 +84,14 @@ def combine(verdicts: Sequence[str]) -> str:
     return OPEN if OPEN in verdicts or not verdicts else HOLDS
 
 
-def plus_minus(value: float, standard_error: float, digits: int = 3) -> str:
+def plus_minus(value: float | None, standard_error: float | None, digits: int = 3) -> str:
     """``0.512 ± 0.004``; the error is left out where there is none."""
+    if value is None or not math.isfinite(value):
+        return "undefined"
     text = f"{value:.{digits}f}"
-    return f"{text} ± {standard_error:.{digits}f}" if math.isfinite(standard_error) else text
+    if standard_error is None or not math.isfinite(standard_error):
+        return text
+    return f"{text} ± {standard_error:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class Result:
             if array.dtype == object:
                 raise TypeError(f"{type(self).__name__}.{name} is no plain array")
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, meta=np.array(json.dumps(self.meta)), **arrays)
+        np.savez_compressed(buffer, meta=np.array(json.dumps(self.meta, allow_nan=False)), **arrays)
         return buffer.getvalue()
 
     def _repr_png_(self) -> bytes:

@@ -1,0 +1,26 @@
+"""What the tests share: small images, small models, and no network."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of twelve random 48-pixel PNGs in two class folders."""
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "pictures" / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def tensors():
+    """Twenty random images as a float tensor (20, 3, 32, 32)."""
+    return torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,144 @@
+"""Commands from the outside: what they print, write and refuse."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vitprobe import __main__, cka, load_result, redraw
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", *arguments],
+        capture_output=True, text=True, timeout=300, **options,
+    )  # fmt: skip
+
+
+def arguments(pictures, out):
+    return ["--models", "test_vit@random", "test_resnet@random", "--images", str(pictures),
+            "--image-size", "32", "--batch-size", "6", "--out", str(out)]  # fmt: skip
+
+
+def test_the_main_job_writes_its_files_and_prints_paths_and_findings(pictures, tmp_path):
+    out = tmp_path / "deep" / "out"
+    done = run("vitprobe.cka", *arguments(pictures, out), "--format", "png", "pdf", "svg")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    stem = "cka-test_vit-random-test_resnet-random"
+    assert {p.name for p in out.iterdir()} == {f"{stem}.{s}" for s in ("png", "pdf", "svg", "npz")}
+    lines = done.stdout.splitlines()
+    assert lines[0] == str(out / f"{stem}.png") and "Raghu et al. 2021, Fig. 1" in lines[4]
+    with np.load(out / f"{stem}.npz", allow_pickle=False) as file:
+        meta = json.loads(str(file["meta"]))
+    assert meta["n"] == 12 and meta["batch_size"] == 6 and meta["seed"] == 0
+    assert [m["weights"] for m in meta["models"]] == ["random (seed 0)"] * 2
+    assert all(len(m["weights_sha256"]) == 64 for m in meta["models"])
+
+
+def test_redraw_needs_no_model_and_loses_nothing(pictures, tmp_path, capsys):
+    assert cka.main([*arguments(pictures, tmp_path / "a"), "--stem", "x"]) == 0
+    npz = tmp_path / "a" / "x.npz"
+    before = npz.read_bytes()
+    assert redraw.main([str(npz), "--format", "svg", "--out", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "b" / "x.svg").is_file() and npz.read_bytes() == before
+    assert redraw.main([str(npz)]) == 0 and (tmp_path / "a" / "x.png").is_file()
+    capsys.readouterr()
+    (tmp_path / "torn.npz").write_bytes(before[:1000])
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    np.savez(tmp_path / "evil.npz", meta=np.array(json.dumps({"analysis": "__main__"})))
+    for name, message in [
+        ("none.npz", "There is no result file"),
+        ("torn.npz", "is not a result file of vitprobe"),
+        ("other.npz", "is not a result file of vitprobe"),
+        ("evil.npz", "is no measurement of vitprobe"),
+    ]:
+        assert redraw.main([str(tmp_path / name)]) == 2
+        told = capsys.readouterr().err
+        assert message in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--models", "vit_b61@random"], "Did you mean vit_b16"),
+        (["--layers", "blokcs.0"], "has no layer 'blokcs.0'"),
+        (["--images", "nowhere"], "There is no nowhere"),
+        (["--num-images", "3"], "at least 4 are needed"),
+        (["--num-images", "many"], "invalid int value"),
+        (["--batch-size", "-1"], "must be at least 1"),
+        (["--image-size", "-5"], "must be at least 1"),
+        (["--precision", "fp8"], "invalid choice"),
+        (["--format", "bmp"], "invalid choice"),
+        (["--stem", "a/b"], "without folders"),
+        (["--device", "nope"], "is not to be had"),
+        (["--banana"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_input_gets_one_line_and_leaves_nothing(pictures, tmp_path, capsys, changes, message):
+    out = tmp_path / "out"
+    try:
+        status = cka.main([*arguments(pictures, out), *changes])
+    except SystemExit as stop:
+        status = stop.code
+    told = capsys.readouterr()
+    assert status == 2 and message in told.err and told.err.count("\n") == 1 and told.out == ""
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_debug_shows_the_traceback(pictures, tmp_path, capsys):
+    assert cka.main([*arguments(pictures, tmp_path), "--models", "nope", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_fails_before_the_work(pictures, tmp_path, capsys):
+    out = tmp_path / "locked"
+    out.mkdir(mode=0o500)
+    assert cka.main(arguments(pictures, out)) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_is_a_file_fails_before_the_work(pictures, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cka.main(arguments(pictures, tmp_path / "file")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_write_that_fails_half_way_leaves_neither_file(pictures, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cka.main(arguments(pictures, tmp_path / "out")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_list_of_commands_and_the_installed_script(capsys):
+    assert __main__.main([]) == 0
+    listed = capsys.readouterr().out
+    assert "cka" in listed and "redraw" in listed
+    assert __main__.main(["ckaa"]) == 2
+    assert "Did you mean cka" in capsys.readouterr().err
+    assert __main__.main(["--version"]) == 0
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, vitprobe; print(any(m in sys.modules for m in ('torch', 'timm')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_results_load_from_python(pictures, tmp_path):
+    assert cka.main([*arguments(pictures, tmp_path), "--stem", "x"]) == 0
+    result = load_result(tmp_path / "x.npz")
+    assert type(result) is cka.CKAResult
+    assert result._repr_png_().startswith(b"\x89PNG")

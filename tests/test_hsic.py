@@ -1,0 +1,142 @@
+"""Grams, U-centring and CKA against closed forms, slow references and published values."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitprobe.core.hsic import biased_cka, cka, gram, hsic, jackknife, normalise, u_centre
+
+
+def slow_hsic(k: np.ndarray, m: np.ndarray) -> float:
+    """Song et al. 2012's estimator, term by term."""
+    n = len(k)
+    k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+    ones = np.ones(n)
+    trace = np.trace(k @ m)
+    totals = (ones @ k @ ones) * (ones @ m @ ones) / ((n - 1) * (n - 2))
+    cross = 2 / (n - 2) * (ones @ k @ m @ ones)
+    return (trace + totals - cross) / (n * (n - 3))
+
+
+def reference_pair():
+    state = np.random.RandomState(1337)
+    x = state.randn(100, 10)
+    y = state.randn(100, 10) + x
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def minibatches(x, y, size):
+    return sum(hsic(torch.stack([gram(a), gram(b)])) for a, b in zip(x.split(size), y.split(size)))
+
+
+def test_published_values():
+    x, y = reference_pair()
+    assert biased_cka(x, y) == pytest.approx(0.5576133, abs=1e-7)
+    assert cka(x, y) == pytest.approx(0.5134565, abs=1e-7)
+    assert float(hsic(torch.stack([gram(x), gram(y)]))[0, 1]) == pytest.approx(9.8959558, abs=1e-7)
+    assert float(normalise(minibatches(x, y, 25))[0, 1]) == pytest.approx(0.5132675, abs=1e-7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(4, 12), p=st.integers(1, 30), q=st.integers(1, 30), seed=st.integers(0, 99))
+def test_hsic_equals_its_definition(n, p, q, seed):
+    generator = np.random.default_rng(seed)
+    x, y = generator.normal(size=(n, p)), generator.normal(size=(n, q))
+    found = hsic(torch.stack([gram(torch.from_numpy(x)), gram(torch.from_numpy(y))]))
+    assert float(found[0, 1]) == pytest.approx(slow_hsic(x @ x.T, y @ y.T), rel=1e-8, abs=1e-8)
+    assert float(found[0, 0]) == pytest.approx(slow_hsic(x @ x.T, x @ x.T), rel=1e-8, abs=1e-8)
+
+
+def test_u_centred_grams_have_zero_rows_and_diagonal():
+    centred = u_centre(gram(torch.randn(9, 20, dtype=torch.float64))[None])[0]
+    assert centred.sum(0).abs().max() < 1e-12
+    assert centred.diagonal().abs().max() == 0
+
+
+def test_scalar_features_of_four_examples_by_hand():
+    # x = (0, 0, 0, 2): off the diagonal K = 0, so every term of the estimator vanishes. Centring
+    # first adds c_i + c_j, which must change nothing.
+    x = torch.tensor([[0.0], [0.0], [0.0], [2.0]], dtype=torch.float64)
+    assert float(hsic(gram(x)[None])[0, 0]) == pytest.approx(0, abs=1e-15)
+    # x = (1, 1, -1, -1): K off the diagonal is 1 within a pair and -1 across. tr(K²) = 12,
+    # 1ᵀK1 = -4, 1ᵀK²1 = 4, so HSIC₁ = (12 + 16/6 - 2/2·4) / 4 = 8/3.
+    x = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=torch.float64)
+    assert float(hsic(gram(x)[None])[0, 0]) == pytest.approx(8 / 3)
+
+
+def test_invariant_to_rotation_and_scale_but_not_to_any_invertible_map():
+    x, y = reference_pair()
+    rotation = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64)).Q
+    assert cka(3 * x @ rotation, y) == pytest.approx(cka(x, y), abs=1e-12)
+    stretch = torch.diag(torch.logspace(-2, 2, 10, dtype=torch.float64))
+    assert abs(cka(x @ stretch, y) - cka(x, y)) > 0.05
+
+
+def test_independent_data_average_zero_and_negative_values_are_kept():
+    generator = torch.Generator().manual_seed(0)
+    values = [
+        cka(*torch.randn(2, 30, 50, generator=generator, dtype=torch.float64)) for _ in range(200)
+    ]
+    assert min(values) < 0
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(len(values))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1000.0])
+def test_means_far_above_the_deviation_keep_their_digits_in_float32(offset):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 3000, generator=generator)
+    y = x[:, :1500] + torch.randn(32, 1500, generator=generator)
+    # The shift itself rounds the features, so the reference starts from the rounded ones.
+    shifted = x + offset
+    assert cka(shifted, y) == pytest.approx(cka(shifted.double(), y.double()), abs=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 40_000])
+def test_blocks_cover_every_feature_once(size):
+    x = torch.randn(6, size, generator=torch.Generator().manual_seed(1))
+    centred = (x - x.mean(0)).double()
+    torch.testing.assert_close(gram(x), centred @ centred.T, rtol=1e-5, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_are_not_multiplied_in_half_precision(dtype):
+    # Squares of 300 overflow float16 (65,504).
+    x = (300 * torch.randn(8, 4000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    torch.testing.assert_close(gram(x), gram(x.double()), rtol=1e-4, atol=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(gram(x), gram(x.double()), rtol=1e-4, atol=1.0)
+
+
+def test_memory_order_does_not_matter():
+    x = torch.randn(5, 6, 7, 8, dtype=torch.float64)
+    for other in (
+        x.to(memory_format=torch.channels_last),
+        x.permute(0, 2, 3, 1),
+        x.permute(0, 3, 1, 2)[:, ::2],
+    ):
+        torch.testing.assert_close(gram(other), gram(other.clone().contiguous()))
+
+
+def test_features_that_do_not_vary_are_undefined_not_zero():
+    x = torch.randn(16, 10)
+    # 0.1 has no exact binary form, so that its batch mean may differ from it in the last bit.
+    for dead in (torch.zeros(16, 300), torch.full((16, 3000), 0.1), torch.full((16, 7), 1e20)):
+        assert gram(dead).abs().max() == 0
+        assert np.isnan(cka(x, dead))
+    assert cka(x, x) == pytest.approx(1)
+
+
+def test_fewer_than_four_examples_are_refused():
+    with pytest.raises(ValueError, match="at least 4"):
+        hsic(torch.zeros(1, 3, 3))
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = torch.stack([values, torch.ones(10, dtype=torch.float64)], 1)
+    value, error = jackknife(lambda total: total[0] / total[1], parts, torch.ones(10))
+    assert value == pytest.approx(float(values.mean()))
+    assert error == pytest.approx(float(values.std() / np.sqrt(10)))
+    assert np.isnan(jackknife(lambda total: total[0], parts[:1], torch.ones(1))[1])
