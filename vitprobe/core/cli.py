@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.models import bundled_models
+from vitprobe.core.processes import is_main_process
 from vitprobe.core.results import FORMATS, Result
 
 INTERRUPTED, FAILED = 130, 2
@@ -117,7 +118,7 @@ def run(
             raise VitprobeError("--models is needed: NAME, NAME@random or NAME@FILE.")
         check_writable(args.out, args.stem)
         result = measure(args)
-        if int(os.environ.get("RANK", "0")) != 0:
+        if not is_main_process():
             return
         for path in result.save(args.out / stem(args, name), args.format):
             print(path)

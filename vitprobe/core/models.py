@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.core.errors import VitprobeError, nearest
+from vitprobe.core.weights import file_sha256, first_line, hub, read_state_dict
 
-HUB_PATIENCE_S = 3.0
 REMOTE_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 # The papers' models and their usual company -> timm's names of the nearest public weights.
@@ -233,8 +232,10 @@ def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: i
     try:
         module.load_state_dict(read_state_dict(path))
     except RuntimeError as error:
-        raise VitprobeError(f"{spec}: the weights do not fit {name}: {_first(error)}") from error
-    details: dict[str, Any] = {"file": path.name, "file_sha256": _sha256(path)}
+        raise VitprobeError(
+            f"{spec}: the weights do not fit {name}: {first_line(error)}"
+        ) from error
+    details: dict[str, Any] = {"file": path.name, "file_sha256": file_sha256(path)}
     return replace(base, origin=f"file {path.name}", details=details)
 
 
@@ -281,7 +282,7 @@ def _create(
         options["pretrained_cfg_overlay"] = overlay
         options["num_classes"] = overlay["num_classes"]
     try:
-        with _hub() if from_hub else nullcontext():
+        with hub() if from_hub else nullcontext():
             try:
                 module = timm.create_model(timm_name, img_size=image_size, **options)
             except TypeError as error:
@@ -308,7 +309,7 @@ def _config(module: nn.Module) -> dict[str, Any]:
 def _explained(
     spec: str, name: str, image_size: int | None, overlay: Any, error: Exception
 ) -> VitprobeError:
-    reason = _first(error)
+    reason = first_line(error)
     ways = f"Ways on: {name}@random (untrained), {name}@FILE (weights at hand)"
     if name.startswith(REMOTE_PREFIXES):
         ways = "Ways on: ARCHITECTURE@random (untrained), ARCHITECTURE@FILE (weights at hand)"
@@ -326,15 +327,6 @@ def _explained(
     if image_size is not None:
         return VitprobeError(f"{name} cannot be made for --image-size {image_size}: {reason}")
     return VitprobeError(f"{name} cannot be made: {reason}")
-
-
-def _first(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    # torch's report of a misfit begins with a heading and then names the keys.
-    text = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _timm_transform(module: nn.Module, image_size: int | None) -> tuple[Any, Any, str]:
@@ -360,77 +352,4 @@ def _file_overlay(timm_name: str, path: Path) -> tuple[dict[str, Any], dict[str,
     heads = (heads,) if isinstance(heads, str) else heads
     found = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
     overlay = {"state_dict": state, "num_classes": found[0] if found else 0, "custom_load": False}
-    return overlay, {"file": path.name, "file_sha256": _sha256(path)}
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a torch checkpoint, without executing anything in it."""
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise VitprobeError(f"There is no weights file {path}.{nearest(path.name, siblings)}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Readers of damaged files raise anything; whatever it is, the file is the reason.
-        raise VitprobeError(
-            f"{path} is neither a safetensors file nor a state dict that can be read safely "
-            f"({type(error).__name__})."
-        ) from error
-    from timm.models import clean_state_dict
-
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "teacher"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not any(isinstance(v, Tensor) for v in loaded.values()):
-        raise VitprobeError(f"{path} holds no state dict.")
-    return clean_state_dict({k: v for k, v in loaded.items() if isinstance(v, Tensor)})
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _hub() -> Iterator[None]:
-    """Within it, a hub that does not answer fails at once; a cached file is used all the same.
-
-    The hub's client retries for most of a minute. A quick look decides whether to let it try: if
-    nobody answers, it is told that it is offline, which makes it look into its cache only.
-    """
-    from huggingface_hub import constants
-
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
-    offline = constants.HF_HUB_OFFLINE
-    hub_log.setLevel(logging.ERROR)
-    try:
-        if not offline and not _hub_answers(constants.ENDPOINT):
-            constants.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-        hub_log.setLevel(level)
-
-
-@cache
-def _hub_answers(endpoint: str) -> bool:
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
-    try:
-        # urllib honours the usual proxy settings, as the hub's client does.
-        with urlopen(Request(endpoint, method="HEAD"), timeout=HUB_PATIENCE_S):
-            return True
-    except HTTPError:
-        return True
-    except (URLError, OSError, ValueError):
-        return False
+    return overlay, {"file": path.name, "file_sha256": file_sha256(path)}

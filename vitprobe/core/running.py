@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vitprobe._version import __version__
+from vitprobe.core import processes
 from vitprobe.core.checkpoint import Checkpoint
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.images import BROKEN_FRACTION_ALLOWED, Images, open_images
+from vitprobe.core.loading import TransformedImages, collate
 from vitprobe.core.models import Model, load_models
 
 Sums = dict[str, Tensor]
@@ -95,7 +98,7 @@ class Session:
         self.device = resolve_device(options.device)
         self.batches = _batches(len(images), options.batch_size)
         self.broken: list[str] = []
-        self._dataset = _Dataset(models, images)
+        self._dataset = TransformedImages(models, images)
 
     def example(self, count: int = 2) -> list[Tensor]:
         """The first ``count`` readable images, for each model."""
@@ -150,7 +153,7 @@ class Session:
         state = dict(sums)
         state["_broken"] = torch.zeros(len(self.images), dtype=torch.float64)
         facts = {**self.fingerprint(), **decides}
-        rank, world = _processes(self.device)
+        rank, world = processes.join(self.device)
         checkpoint = Checkpoint(self.options.checkpoint, facts, len(self.batches), rank, world)
         done = checkpoint.load(state, fresh=self.options.fresh)
         todo = [b for b in range(len(self.batches)) if not done[b]][rank::world]
@@ -188,7 +191,7 @@ class Session:
             ) from error
         if world > 1:
             checkpoint.save(state, mine)
-            _sum_over_processes(state, self.device)
+            processes.sum_over_processes(state, self.device)
         self.broken = [self.images.name(int(p)) for p in state["_broken"].nonzero()[:, 0]]
         if rank == 0:
             checkpoint.finished()
@@ -229,7 +232,7 @@ class Session:
                 "numpy": np.__version__,
                 "python": platform.python_version(),
             },
-            "command": " ".join(sys.argv) if sys.argv else "",
+            "command": _command(),
         }
 
     def _load(self, todo: list[int]) -> Iterator[tuple[Batch, list[tuple[int, str]]]]:
@@ -237,7 +240,7 @@ class Session:
         loader = DataLoader(
             self._dataset,
             batch_sampler=[self.batches[b].tolist() for b in todo],
-            collate_fn=_collate,
+            collate_fn=collate,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -301,6 +304,15 @@ def session(
         yield ready
 
 
+def _command() -> str:
+    """The command line, without the place where the program is installed."""
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    name = (
+        f"python -m vitprobe.{program.stem}" if program.parent.name == "vitprobe" else program.name
+    )
+    return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+
+
 def resolve_device(name: str) -> torch.device:
     """``auto`` or a device by name."""
     if name == "auto":
@@ -344,62 +356,3 @@ def _exact(device: torch.device) -> AbstractContextManager[Any]:
 
 def _batches(n: int, batch_size: int) -> list[np.ndarray]:
     return np.split(np.arange(n), range(batch_size, n, batch_size))
-
-
-class _Dataset(Dataset):
-    """Position -> the image through every distinct transform, or why it cannot be read."""
-
-    def __init__(self, models: list[Model], images: Images) -> None:
-        self.images = images
-        keys = ["" if images.are_tensors else m.transform_key or str(i) for i, m in
-                enumerate(models)]  # fmt: skip
-        groups = list(dict.fromkeys(keys))
-        self.group_of_model = [groups.index(key) for key in keys]
-        self.transforms = [models[keys.index(group)].transform for group in groups]
-
-    def __getitem__(self, position: int) -> list[Tensor] | str:
-        try:
-            image = self.images.open(position)
-        except Exception as error:
-            # Decoders of damaged pictures raise anything; it is told, and too many stop the run.
-            return f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(image, Tensor):
-            return [image]
-        return [transform(image) for transform in self.transforms if transform is not None]
-
-    def __getitems__(self, positions: list[int]) -> list[tuple[int, list[Tensor] | str]]:
-        return [(position, self[position]) for position in positions]
-
-
-def _collate(items: list[tuple[int, list[Tensor] | str]]) -> Any:
-    good = [(position, item) for position, item in items if not isinstance(item, str)]
-    failures = [(position, item) for position, item in items if isinstance(item, str)]
-    columns = [torch.stack(column) for column in zip(*(item for _, item in good))]
-    return columns, np.array([position for position, _ in good], dtype=np.int64), failures
-
-
-def _processes(device: torch.device) -> tuple[int, int]:
-    """(rank, world size) under ``torchrun``; (0, 1) otherwise."""
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
-        return 0, 1
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _sum_over_processes(state: Sums, device: torch.device) -> None:
-    import torch.distributed as dist
-
-    for total in state.values():
-        there = total.to(device)
-        dist.all_reduce(there)
-        total.copy_(there)
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that draws and prints."""
-    return int(os.environ.get("RANK", "0")) == 0

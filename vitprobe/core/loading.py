@@ -1,0 +1,45 @@
+"""Images through every model's transform, in batches, the broken ones told apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vitprobe.core.images import Images
+from vitprobe.core.models import Model
+
+
+class TransformedImages(Dataset):
+    """Position -> the image through every distinct transform, or why it cannot be read."""
+
+    def __init__(self, models: list[Model], images: Images) -> None:
+        self.images = images
+        keys = ["" if images.are_tensors else m.transform_key or str(i) for i, m in
+                enumerate(models)]  # fmt: skip
+        groups = list(dict.fromkeys(keys))
+        self.group_of_model = [groups.index(key) for key in keys]
+        self.transforms = [models[keys.index(group)].transform for group in groups]
+
+    def __getitem__(self, position: int) -> list[Tensor] | str:
+        try:
+            image = self.images.open(position)
+        except Exception as error:
+            # Decoders of damaged pictures raise anything; it is told, and too many stop the run.
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(image, Tensor):
+            return [image]
+        return [transform(image) for transform in self.transforms if transform is not None]
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[int, list[Tensor] | str]]:
+        return [(position, self[position]) for position in positions]
+
+
+def collate(items: list[tuple[int, list[Tensor] | str]]) -> Any:
+    good = [(position, item) for position, item in items if not isinstance(item, str)]
+    failures = [(position, item) for position, item in items if isinstance(item, str)]
+    columns = [torch.stack(column) for column in zip(*(item for _, item in good))]
+    return columns, np.array([position for position, _ in good], dtype=np.int64), failures
