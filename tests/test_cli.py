@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -87,6 +89,31 @@ def test_wrong_input_gets_one_line_and_leaves_nothing(pictures, tmp_path, capsys
     told = capsys.readouterr()
     assert status == 2 and message in told.err and told.err.count("\n") == 1 and told.out == ""
     assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_says_how_to_go_on_exits_130_and_the_same_command_does(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "p.npy", pixels)
+    out = tmp_path / "out"
+    command = [
+        "vitprobe.cka", "--models", "test_vit@random", "--images", str(tmp_path / "p.npy"),
+        "--image-size", "32", "--batch-size", "4", "--save-every", "0", "--out", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not list(out.glob(".*.partial")):
+        time.sleep(0.05)
+    # As a terminal does it: the whole group, the workers too.
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate()[1]
+    assert process.returncode == 130
+    assert "of 100 batches; the same command goes on from there" in told
+    assert "Traceback" not in told and [p.suffix for p in out.iterdir()] == [".partial"]
+    done = run(*command)
+    assert done.returncode == 0 and "going on after" in done.stderr
+    assert {p.suffix for p in out.iterdir()} == {".png", ".npz"}
 
 
 def test_debug_shows_the_traceback(pictures, tmp_path, capsys):
