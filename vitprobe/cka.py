@@ -6,7 +6,8 @@ Raghu et al. 2021 (arXiv 2108.08810), Figures 1, 2, 8, 12; the estimator is Nguy
 The quantity: cka[i, j] in [-1, 1], how alike layers i and j arrange the images; 0 is expected of
 independent representations (small negative values are right), 1 means equal up to rotation and
 scale. A representation is everything of an image at a layer: all tokens, CLS included, or all
-H·W·C values of a map. Layers that do not vary are undefined (NaN, hatched).
+H·W·C values of a map. Layers that do not vary are undefined (NaN, hatched). ``--pairwise A B A2 B2
+...`` draws networks of one depth against each other, layer by layer: the diagonals as lines.
 
 Choices made: batches without replacement in a seeded random order, one pass; standard errors by
 the jackknife over batches (in at most 32 groups of batches); a last batch under 4 images, too
@@ -15,6 +16,7 @@ small for the estimator, is left out.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,17 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.core import cli, drawing
+from vitprobe.core import cli, drawing, same_depth, vit_and_cnn
 from vitprobe.core.capture import capture
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
 from vitprobe.core.layers import Layer, map_layers
-from vitprobe.core.results import Finding, Result, combine, decide, plain, plus_minus
+from vitprobe.core.results import Finding, Result
 from vitprobe.core.running import Batch, Options, Session, session
-
-# Where the papers say "clearly larger" and "about", a number has to be chosen: these are ours.
-CLEARLY = 0.1
-EARLY_DEPTH = 0.35
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,16 @@ class CKAResult(Result):
         """The block of ``cka`` of two models (rows of ``a``, columns of ``b``), or of one."""
         return self.cka[np.ix_(self._rows(a), self._rows(a if b is None else b))]
 
+    def diagonal(self, a: int | str, b: int | str) -> tuple[np.ndarray, np.ndarray]:
+        """CKA of two models of one depth at each layer, and its standard error."""
+        rows, columns = self._rows(a), self._rows(b)
+        same_depth.check_lengths(
+            [[int(self.model_of_layer[rows[0]]), int(self.model_of_layer[columns[0]])]],
+            self.models,
+            self.model_of_layer,
+        )
+        return self.cka[rows, columns], self.cka_se[rows, columns]
+
     def _rows(self, model: int | str) -> np.ndarray:
         if isinstance(model, str):
             if model not in self.models:
@@ -72,8 +80,18 @@ class CKAResult(Result):
         return np.flatnonzero(self.model_of_layer == model)
 
     def plot(self, ax: Any = None) -> Any:
-        """Heat maps from input to output on both axes; on ``ax``, one square of all models."""
+        """Heat maps from input to output on both axes; on ``ax``, one square of all models.
+
+        Measured in pairs: CKA at the same depth, a line a pair.
+        """
         with drawing.style():
+            if "same_depth" in self.meta:
+                if ax is not None:
+                    return same_depth.draw(ax, self)
+                figure = drawing.new_figure(6.5, 4.2)
+                same_depth.draw(figure.subplots(), self)
+                drawing.caption(figure, self._caption(), width=130)
+                return figure
             if ax is not None:
                 image = self._panel(ax, None, None)
                 ax.figure.colorbar(image, ax=ax, label="CKA")
@@ -123,45 +141,25 @@ class CKAResult(Result):
         return text
 
     def findings(self) -> list[Finding]:
-        """Raghu et al.'s claims of Figures 1 and 2 for every pair of a ViT and a CNN."""
-        found = []
-        for pair in self.meta["pairs"]:
-            vit, cnn = pair["attention"], pair["convolution"]
-            spread, stages, depth, late = (
-                pair[key] for key in ("spread", "stages", "match_depth", "late")
-            )
-            found.append(
-                Finding(
-                    f"low and high layers are more alike in {vit} than in {cnn}, which splits "
-                    f"by stage",
-                    "Raghu et al. 2021, Fig. 1",
-                    combine([decide(spread[0], spread[1], CLEARLY), decide(*stages)]),
-                    f"mean CKA of lowest and highest third: {vit} {plus_minus(*pair['vit'])}, "
-                    f"{cnn} {plus_minus(*pair['cnn'])}, difference {plus_minus(*spread)} (more "
-                    f"than {CLEARLY} asked); {cnn} within minus between stages "
-                    f"{plus_minus(*stages)}",
-                )
-            )
-            depth_left = (None if depth[0] is None else EARLY_DEPTH - depth[0], depth[1])
-            found.append(
-                Finding(
-                    f"the lower half of {cnn} is most like the lowest layers of {vit}, whose last "
-                    f"third is less like any of {cnn}",
-                    "Raghu et al. 2021, Fig. 2",
-                    combine([decide(*depth_left), decide(*late)]),
-                    f"best-matching depth in {vit} {plus_minus(*depth)} (at most {EARLY_DEPTH} "
-                    f"asked); CKA with its first two thirds minus its last, least over the layers "
-                    f"of {cnn}: {plus_minus(*late)}",
-                )
-            )
-        return found
+        """Raghu et al.'s claims of Figures 1, 2 and 12 that apply.
+
+        Figures 1 and 2 for every pair of a ViT and a CNN, Figure 12 for those given in pairs.
+        """
+        if "same_depth" in self.meta:
+            return same_depth.findings(self)
+        return vit_and_cnn.findings(self.meta["pairs"])
 
 
 RESULT = CKAResult
 
 
 def measure(
-    models: Any, images: Any = None, *, layers: str | Sequence[str] = "blocks", **options: Any
+    models: Any,
+    images: Any = None,
+    *,
+    layers: str | Sequence[str] = "blocks",
+    pairwise: bool = False,
+    **options: Any,
 ) -> CKAResult:
     """CKA between all layers of one model or several.
 
@@ -171,12 +169,17 @@ def measure(
         images: see ``open_images``; the bundled digit scenes by default.
         layers: ``blocks`` (the residual stream after each block), ``paper``, ``all``, or names
             with wildcards.
+        pairwise: the models come as A B A2 B2 ..., each pair of one depth; a model can be in
+            several. The figure and findings are about the pairs.
         options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
 
     Raises:
         VitprobeError: unknown models, images or layers; fewer than 4 images; activations that are
             not finite.
     """
+    pairs: list[list[int]] = []
+    if pairwise:
+        models, pairs = same_depth.in_pairs(models)
     with session(models, images, Options(**options), at_least=MIN_BATCH) as ready:
         if ready.options.batch_size < MIN_BATCH:
             raise VitprobeError(
@@ -186,6 +189,7 @@ def measure(
         chosen, has_attention = _choose(ready, layers)
         labels = [layer.label for one in chosen for layer in one]
         owner = np.repeat(np.arange(len(chosen)), [len(one) for one in chosen])
+        same_depth.check_lengths(pairs, [model.name for model in ready.models], owner)
         groups = min(MAX_GROUPS, len(ready.batches))
         size = len(labels)
         sums = ready.sums(hsic=(groups, size, size), used=(groups,), left_out=())
@@ -209,11 +213,15 @@ def measure(
         if not sums["used"].sum():
             raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
         value, error = jackknife(normalise, sums["hsic"], sums["used"])
-        stages = [[_stage(layer) for layer in one] for one in chosen]
+        stages = [[vit_and_cnn.stage(layer) for layer in one] for one in chosen]
         meta = ready.meta("cka")
         meta["left_out"] = int(sums["left_out"])
         meta["n"] -= meta["left_out"]
-        meta["pairs"] = _pairs(ready, sums, owner, has_attention, stages)
+        meta["pairs"] = vit_and_cnn.statistics(
+            [model.name for model in ready.models], owner, has_attention, stages, sums
+        )
+        if pairs:
+            meta["same_depth"] = same_depth.summaries(pairs, owner, sums["hsic"], sums["used"])
     return CKAResult(meta, value, error, np.array(labels), owner)
 
 
@@ -245,86 +253,34 @@ def _grams(ready: Session, batch: Batch, chosen: list[list[Layer]]) -> Tensor:
     return grams
 
 
-def _stage(layer: Layer) -> tuple[int, ...]:
-    """What stays the same within a stage of a CNN: the size of its maps."""
-    return layer.shape[-2:] if len(layer.shape) >= 3 else ()
+class _Pairs(argparse.Action):
+    """Models are models, however they were given."""
 
-
-def _pairs(
-    ready: Session,
-    sums: dict[str, Tensor],
-    owner: np.ndarray,
-    has_attention: list[bool],
-    stages: list[list[tuple[int, ...]]],
-) -> list[dict[str, Any]]:
-    """What the findings rest on, (value, standard error) each, for every ViT and CNN."""
-    rows = [torch.from_numpy(np.flatnonzero(owner == m)) for m in range(len(ready.models))]
-    pairs = []
-    for a in np.flatnonzero(has_attention).tolist():
-        for b in np.flatnonzero(~np.array(has_attention)).tolist():
-            if min(len(rows[a]), len(rows[b])) < 3:
-                continue
-
-            def statistic(total: Tensor, a: int = a, b: int = b) -> Tensor:
-                values = normalise(total).cpu()
-                vit, cnn = values[rows[a]][:, rows[a]], values[rows[b]][:, rows[b]]
-                cross = values[rows[a]][:, rows[b]]
-                first, second = _low_and_high(vit), _low_and_high(cnn)
-                return torch.stack(
-                    [first, second, first - second, _stage_split(cnn, stages[b]),
-                     _best_match_depth(cross), _late_gap(cross)]
-                )  # fmt: skip
-
-            value, error = jackknife(statistic, sums["hsic"], sums["used"])
-            keys = ("vit", "cnn", "spread", "stages", "match_depth", "late")
-            pairs.append(
-                {
-                    "attention": ready.models[a].name,
-                    "convolution": ready.models[b].name,
-                    **{k: [plain(v), plain(e)] for k, v, e in zip(keys, value, error)},
-                }
-            )
-    return pairs
-
-
-def _low_and_high(values: Tensor) -> Tensor:
-    """Mean CKA between the lowest and the highest third of a model's layers."""
-    third = max(1, len(values) // 3)
-    return values[:third, -third:].nanmean()
-
-
-def _stage_split(values: Tensor, stages: list[tuple[int, ...]]) -> Tensor:
-    """Mean CKA of different layers of one stage minus that of layers of different stages."""
-    same = torch.tensor([[s == t for t in stages] for s in stages])
-    apart = ~torch.eye(len(stages), dtype=torch.bool)
-    return values[same & apart].nanmean() - values[~same].nanmean()
-
-
-def _best_match_depth(cross: Tensor) -> Tensor:
-    """Mean normalised depth of the ViT layer most like each CNN layer of the lower half."""
-    half = (cross.shape[1] + 1) // 2
-    best = cross[:, :half].nan_to_num(-1).argmax(0)
-    return best.double().mean() / (cross.shape[0] - 1)
-
-
-def _late_gap(cross: Tensor) -> Tensor:
-    """CKA with the ViT's first two thirds minus with its last, least over the CNN's layers."""
-    third = max(1, cross.shape[0] // 3)
-    gaps = cross[:-third].nanmean(0) - cross[-third:].nanmean(0)
-    return gaps[~gaps.isnan()].min() if (~gaps.isnan()).any() else gaps.new_tensor(torch.nan)
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        namespace.pairwise = namespace.models = values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.cka``."""
     parser = cli.parser("cka", __doc__)
-    return cli.run(
-        parser,
-        argv,
-        "cka",
-        lambda args: measure(
-            args.models, args.images, layers=args.layers, **cli.options(args, "cka")
-        ),
-    )
+    parser.add_argument(
+        "--pairwise", nargs="+", metavar="M", action=_Pairs,
+        help="in place of --models: models in pairs, A B A2 B2 ..., to be compared at the same "
+        "depth; from little to much training data",
+    )  # fmt: skip
+
+    def from_arguments(args: argparse.Namespace) -> CKAResult:
+        given = args.models
+        args.models = list(dict.fromkeys(given))  # the file's name has each model once
+        return measure(
+            given,
+            args.images,
+            layers=args.layers,
+            pairwise=args.pairwise is not None,
+            **cli.options(args, "cka"),
+        )
+
+    return cli.run(parser, argv, "cka", from_arguments)
 
 
 if __name__ == "__main__":
