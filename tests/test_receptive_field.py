@@ -1,0 +1,252 @@
+"""Receptive fields: against finite differences, theoretical fields, and networks known by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vitprobe import receptive_field
+from vitprobe.core.centre_gradients import rows_of_jacobian
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.layers import map_layers
+from vitprobe.core.models import wrap
+from vitprobe.core.results import load_result
+from vitprobe.core.theoretical_field import theoretical_fields
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def small_net():
+    """In-place activations and an in-place addition after the layer that is looked at."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+            self.act = nn.SELU(inplace=True)
+
+        def forward(self, x):
+            y = self.second(self.act(self.first(x)))
+            y += x
+            return self.act(y)
+
+    return nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), Block(), Block()).double().eval()
+
+
+def test_gradients_against_finite_differences():
+    net, x = small_net(), torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    result = receptive_field.measure(net, x, layers=["0", "1", "2"], channels="all")
+    assert result.layers.tolist() == ["0", "1", "2"] and result.gradient.shape == (3, 12, 12)
+    step = 1e-6
+    for layer, part in enumerate((net[:1], net[:2], net)):
+        expected = torch.zeros(12, 12, dtype=torch.float64)
+        with torch.no_grad():
+            for row in range(12):
+                for column in range(12):
+                    for colour in range(3):
+                        moved = torch.zeros_like(x)
+                        moved[:, colour, row, column] = step
+                        change = part(x + moved)[:, :, 3, 3] - part(x - moved)[:, :, 3, 3]
+                        expected[row, column] += (change / (2 * step)).abs().mean() / 3
+        np.testing.assert_allclose(result.gradient[layer], expected, atol=1e-6)
+    assert (result.gradient_se >= 0).all()
+
+
+def test_signed_is_the_mean_before_the_absolute_value():
+    net, x = small_net(), torch.randn(1, 3, 12, 12, dtype=torch.float64)
+    result = receptive_field.measure(net, x, layers=["2"], signed=True)
+    wanted = torch.autograd.functional.jacobian(lambda x: net(x)[0, :, 3, 3], x)
+    np.testing.assert_allclose(
+        result.gradient[0], wanted[:, 0].mean(0).abs().mean(0), rtol=1e-5, atol=1e-8
+    )
+    assert "Signed" in result._caption()
+
+
+def test_batched_products_equal_single_ones():
+    net, x = small_net(), torch.randn(3, 3, 12, 12, dtype=torch.float64, requires_grad=True)
+    centre = net(x.clone())[:, :, 3, 3]
+    one = list(rows_of_jacobian(centre, x, torch.eye(6)))
+    batched = list(rows_of_jacobian(centre, x, torch.eye(6), together=4))
+    assert len(one) == len(batched) == 6
+    torch.testing.assert_close(torch.stack(one), torch.stack(batched))
+
+
+STAGES = {"conv1": 7, "maxpool": 11, "layer1": 35, "layer2": 91, "layer3": 267, "layer4": 427}
+
+
+def test_gradient_is_zero_outside_the_theoretical_fields_of_resnet50():
+    # Few channels: the field does not depend on them. timm starts the last normalisation of every
+    # branch at 0, and would then see through the shortcuts only.
+    net = timm.create_model("resnet50", channels=(4, 4, 4, 4), zero_init_last=False).eval()
+    assert [len(layer) for layer in (net.layer1, net.layer2, net.layer3, net.layer4)] == [
+        3,
+        4,
+        6,
+        3,
+    ]
+    # At 448 px the centre of every stage has its whole field within the picture.
+    x = torch.randn(1, 3, 448, 448)
+    result = receptive_field.measure(net, x, layers=list(STAGES), channels=4)
+    assert result.layers.tolist() == list(STAGES)
+    for layer, size in enumerate(STAGES.values()):
+        top, left, bottom, right = result.box[layer].astype(int)
+        assert bottom - top + 1 == right - left + 1 == size
+        field = result.field(layer).copy()
+        assert field[top : bottom + 1, left : right + 1].max() > 0
+        field[top : bottom + 1, left : right + 1] = 0
+        assert not field.any()
+
+
+def test_an_untrained_resnet_as_timm_starts_it_sees_through_its_shortcuts_only():
+    net = timm.create_model("test_resnet").eval()
+    result = receptive_field.measure(net, torch.randn(2, 3, 64, 64), channels=4)
+    reached = (result.gradient[0] > 0).any(0).sum()
+    top, _, bottom, _ = result.box[0]
+    assert 0 < reached < bottom - top + 1
+
+
+def test_no_theoretical_field_through_attention_or_gates():
+    for name, layer in (
+        ("test_vit", "blocks.0"),
+        ("resnet18", "layer1.0"),
+        ("seresnet18", "layer1.0"),
+    ):
+        net = timm.create_model(name).eval()
+        x = torch.randn(2, 3, 160, 160)
+        layers = map_layers(name, net, x).choose(layer)
+        (box,) = theoretical_fields(net, layers, [(4, 4)], x[:1])
+        assert (box is None) == (name != "resnet18")
+
+
+def vit(**options):
+    return timm.create_model("test_vit", img_size=64, **options).eval()
+
+
+def test_a_patch_embedding_sees_exactly_its_patch():
+    result = receptive_field.measure(
+        vit(), torch.randn(2, 3, 64, 64), layers=["patch_embed.proj", "patch_embed"], channels=8
+    )
+    assert len(result.layers) == 2
+    for field in result.gradient:
+        rows, columns = np.nonzero(field)
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (32, 47, 32, 47)
+        assert (field > 0).sum() == 16 * 16
+    np.testing.assert_array_equal(result.box[0], [32, 32, 47, 47])
+    np.testing.assert_allclose(result.centre, 1.0)
+
+
+def test_without_attention_a_vit_sees_one_patch_at_every_depth():
+    net = vit()
+    for block in net.blocks:
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(block.attn.proj.bias)
+    result = receptive_field.measure(net, torch.randn(2, 3, 64, 64), channels=4)
+    assert len(result.layers) == 6
+    inside = result.gradient[:, 32:48, 32:48]
+    assert (inside > 0).all()
+    np.testing.assert_allclose(inside.sum((1, 2)), result.gradient.sum((1, 2)), rtol=1e-6)
+    assert (result.area90 < 16 * 16 / 64**2).all()
+
+
+def test_pre_residual_is_the_branch_alone():
+    net, x = vit(), torch.randn(2, 3, 64, 64)
+    result = receptive_field.measure(net, x, channels=4, layers=["blocks.1"], pre_residual=True)
+    assert result.layers.tolist() == [
+        "blocks.1 branch 1", "blocks.1 sum 1", "blocks.1 branch 2", "blocks.1 sum 2",
+    ]  # fmt: skip
+    block = net.blocks[1]
+    start = net.blocks[0](net._pos_embed(net.patch_embed(x.requires_grad_())))
+    branch = block.attn(block.norm1(start))
+    drawn = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:4]
+    expected = torch.zeros(64, 64)
+    for channel in drawn:
+        (row,) = torch.autograd.grad(branch[:, 1 + 10, channel].sum(), x, retain_graph=True)
+        expected += row.abs().mean((0, 1)) / 4
+    np.testing.assert_allclose(result.gradient[0], expected, rtol=1e-3, atol=1e-9)
+    assert np.isfinite(result.trends[0, 4])
+    assert any("attention alone" in finding.claim for finding in result.findings())
+
+
+def test_areas_and_centre_cells_by_hand():
+    field = torch.zeros(2, 4, 4)
+    field[0] = 1.0
+    field[1, 2, 2], field[1, 0, 0] = 6.0, 4.0
+    torch.testing.assert_close(
+        receptive_field.area(field, 0.5), torch.tensor([8 / 16, 1 / 16]).double()
+    )
+    torch.testing.assert_close(
+        receptive_field.area(field, 0.9), torch.tensor([15 / 16, 2 / 16]).double()
+    )
+    assert receptive_field.area(torch.zeros(1, 4, 4), 0.5).isnan().all()
+    share, over = receptive_field.centre_cell(field[1].double(), (2, 2))
+    assert share == pytest.approx(0.6) and over == pytest.approx(0.2)
+
+
+def test_a_subset_of_channels_estimates_the_mean_and_tells_its_error():
+    net, x = vit(), torch.randn(6, 3, 64, 64)
+    whole = receptive_field.measure(net, x, layers=["blocks.2"], channels="all")
+    part = receptive_field.measure(net, x, layers=["blocks.2"], channels=24)
+    distance = abs(part.centre - whole.centre) / np.hypot(part.centre_se, whole.centre_se)
+    assert 0 < whole.centre_se[0] < part.centre_se[0] and distance < 3
+    assert receptive_field.measure(net, x[:1], layers=["blocks.2"]).area90_se.shape == (1,)
+
+
+def test_batches_agree_and_parameters_get_back_what_they_had(tensors, tmp_path):
+    net = timm.create_model("test_vit", img_size=32)
+    net.head.weight.requires_grad_(False)
+    asking = [p.requires_grad for p in net.parameters()]
+    whole = receptive_field.measure(net, tensors, channels=4, batch_size=20)
+    parts = receptive_field.measure(net, tensors, channels=4, batch_size=3)
+    np.testing.assert_allclose(whole.gradient, parts.gradient, rtol=1e-4)
+    np.testing.assert_allclose(whole.area90_se, parts.area90_se, rtol=1e-3)
+    with pytest.raises(VitprobeError, match="no layer 'nothing'"):
+        receptive_field.measure(net, tensors, layers=["nothing"])
+    assert [p.requires_grad for p in net.parameters()] == asking
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_models_of_several_sizes_and_round_trip(tmp_path):
+    torch.manual_seed(0)
+    nets = [
+        wrap(timm.create_model("test_vit", img_size=32), "vit", input_size=(3, 32, 32)),
+        wrap(timm.create_model("test_resnet", zero_init_last=False), "cnn", input_size=(3, 48, 48)),
+    ]
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    result = receptive_field.measure(nets, pictures, channels=2)
+    assert result.gradient.shape == (10, 48, 48)
+    assert np.isnan(result.gradient[:6, 32:]).all() and np.isfinite(result.gradient[6:]).all()
+    assert result.field(0).shape == (32, 32)
+    result.save(tmp_path / "x")
+    again = load_result(tmp_path / "x.npz")
+    for name, array in result.arrays().items():
+        np.testing.assert_array_equal(getattr(again, name), array)
+    assert len(again.findings()) == 3
+    figure = again.plot()
+    drawn = next(axes for axes in figure.axes if axes.get_title() == "blocks.0").images[0]
+    field = result.field(0)
+    np.testing.assert_array_equal(drawn.get_array(), field / field.max())
+    areas = again.plot(figure.add_subplot())
+    np.testing.assert_array_equal(areas.lines[0].get_ydata(), result.area50[:6])
+
+
+def test_errors():
+    net = timm.create_model("test_vit", img_size=32)
+    with pytest.raises(VitprobeError, match="--channels must be all or a number above 0"):
+        receptive_field.measure(net, torch.randn(2, 3, 32, 32), channels=0)
+    with pytest.raises(VitprobeError, match=r"No layer of VisionTransformer .* has a centre"):
+        receptive_field.measure(net, torch.randn(2, 3, 32, 32), layers=["head"])
+
+
+def test_command(tmp_path, capsys):
+    arguments = ["--models", "test_vit@random", "--image-size", "32", "--num-images", "2"]
+    arguments += ["--channels", "2", "--out", str(tmp_path), "--stem", "s", "--quiet"]
+    assert receptive_field.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "s.png" in out and "is global by half depth" in out

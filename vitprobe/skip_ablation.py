@@ -1,0 +1,398 @@
+"""What happens to CKA between the layers before and after a block whose skips are gone.
+
+Raghu et al. 2021 (arXiv 2108.08810), Figure 8.
+
+The quantity: linear CKA (see ``vitprobe.cka``) between all layers of a model, and its mean across
+the block (layers before it with layers from its output on) and within the two sides (different
+layers of one side). The layers inside the block belong to neither side.
+
+Two experiments, labelled apart. The paper trains a network without the skips of one block:
+``trained_without`` compares two given models, trained with and without them. By default the skips
+of a trained network are taken away at test time instead, every residual addition of the block
+giving its branch alone; the network never learned to do without, so this is no reproduction of the
+figure. Standard errors by the jackknife over batches.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitprobe.core import cli, drawing
+from vitprobe.core.capture import capture
+from vitprobe.core.errors import VitprobeError, nearest
+from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
+from vitprobe.core.layers import Layer, LayerMap, map_layers
+from vitprobe.core.results import Finding, Result, decide, plus_minus
+from vitprobe.core.running import Batch, Options, Session, session
+from vitprobe.core.trace import AdditionHooks
+
+# The paper's blocks 1, 7 and 10 of 12, as fractions of the depth.
+DEPTHS = (1 / 12, 7 / 12, 10 / 12)
+# How much CKA across the block has to lose to have collapsed: ours.
+COLLAPSE = 0.1
+MARK = drawing.COLOURS[5]
+REMOVED, TRAINED = "removed at test time", "trained without"
+
+
+@dataclass(frozen=True)
+class SkipAblationResult(Result):
+    """CKA of models with and without the skips of a block.
+
+    Attributes:
+        cka: (panels, L, L) CKA between the layers of the panel's model; NaN where undefined, and
+            beyond the layers of models that have fewer.
+        layers: (panels, L) names, empty beyond the last.
+        model_of_panel: (panels,) index into ``meta["models"]``.
+        block: (panels,) the block without skips; empty for the model as it is.
+        side: (panels, L) 0 before the block, 2 from its output on, 1 between and everywhere where
+            there is no block.
+        means: (panels, 4) mean CKA across the block and within the sides, and the same two of the
+            model that has its skips; NaN for the latter's own panel.
+        means_se: (panels, 4) jackknife standard error.
+        loss: (panels, 2) how much CKA across the block is lost with the skips, and its standard
+            error.
+    """
+
+    cka: np.ndarray
+    layers: np.ndarray
+    model_of_panel: np.ndarray
+    block: np.ndarray
+    side: np.ndarray
+    means: np.ndarray
+    means_se: np.ndarray
+    loss: np.ndarray
+
+    analysis: ClassVar[str] = "skip_ablation"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def plot(self, ax: Any = None) -> Any:
+        """One heat map a panel, the block marked; on ``ax``, CKA across each block."""
+        with drawing.style():
+            if ax is not None:
+                return self._bars(ax)
+            owners = [0] * len(self.block) if self.meta["trained_without"] else self.model_of_panel
+            rows = [np.flatnonzero(np.array(owners) == row) for row in np.unique(owners)]
+            columns = max(len(row) for row in rows)
+            figure = drawing.new_figure(3.1 * columns + 0.7, 3.5 * len(rows) + 0.5)
+            axes = figure.subplots(len(rows), columns, squeeze=False)
+            for line, row in zip(axes, rows):
+                for one in line[len(row) :]:
+                    one.axis("off")
+                for place, (one, panel) in enumerate(zip(line, row)):
+                    # Two given models may differ in their layers.
+                    first = place == 0 or self.meta["trained_without"]
+                    image = self._panel(one, int(panel), first)
+            figure.colorbar(image, ax=axes, label="CKA", aspect=30, pad=0.01)
+            drawing.caption(figure, self._caption(), width=int(85 * columns * 0.8))
+            return figure
+
+    def _panel(self, ax: Any, panel: int, first: bool) -> Any:
+        names = [str(name) for name in self.layers[panel] if name]
+        values = self.cka[panel, : len(names), : len(names)]
+        low = min(0.0, float(np.nanmin(self.cka))) if np.isfinite(self.cka).any() else 0.0
+        image = drawing.heat_map(ax, values, vmin=low, vmax=1)
+        if first:
+            drawing.layer_axis(ax.yaxis, names, "layer")
+        else:
+            ax.set_yticks([])
+        ax.set(xticks=[], xlabel="layer, same order")
+        title = drawing.short(self.models[self.model_of_panel[panel]], 34)
+        if self.block[panel]:
+            across, within, across_with, within_with = self.means[panel]
+            title += f"\nskips of {self.block[panel]} {self.meta['experiment']}"
+            title += f"\nacross {across:.2f} (with skips {across_with:.2f}), "
+            title += f"within {within:.2f} ({within_with:.2f})"
+            for value in (0, 2):
+                places = np.flatnonzero(self.side[panel] == value)
+                if len(places):
+                    edge = places[-1] + 0.5 if value == 0 else places[0] - 0.5
+                    ax.axhline(edge, color=MARK, linewidth=1.2)
+                    ax.axvline(edge, color=MARK, linewidth=1.2)
+        else:
+            title += "\nwith all skips\n"
+        ax.set_title(title, fontsize=7.5)
+        return image
+
+    def _bars(self, ax: Any) -> Any:
+        panels = np.flatnonzero(self.block != "")
+        places = np.arange(len(panels))
+        for shift, column, label in ((-0.2, 2, "with skips"), (0.2, 0, self.meta["experiment"])):
+            ax.bar(
+                places + shift, self.means[panels, column], 0.4,
+                yerr=self.means_se[panels, column], label=label,
+            )  # fmt: skip
+        ax.set_xticks(places, [str(self.block[panel]) for panel in panels])
+        ax.set_ylabel("mean CKA across the block")
+        ax.legend()
+        return ax
+
+    def _caption(self) -> str:
+        text = drawing.provenance_line(self.meta)
+        text += f" Unbiased minibatch CKA, batches of {self.meta['batch_size']}."
+        text += " Blue lines: the block without skips; across: layers before it with layers from "
+        text += "its output on; within: different layers of one side."
+        if not self.meta["trained_without"]:
+            text += " The weights are those of the network with skips, not trained without."
+        return text
+
+    def findings(self) -> list[Finding]:
+        """Raghu et al.'s claim of Figure 8 for every block without skips."""
+        trained = self.meta["trained_without"]
+        source = "Raghu et al. 2021, Fig. 8"
+        if not trained:
+            source += ", there for networks trained without, here removed at test time"
+        found = []
+        for panel in np.flatnonzero(self.block != ""):
+            name, block = self.models[self.model_of_panel[panel]], self.block[panel]
+            value, error = self.means[panel], self.means_se[panel]
+            found.append(
+                Finding(
+                    f"without the skips of {block}, {self.meta['experiment']}, layers of {name} "
+                    f"before and after it are no longer alike",
+                    source,
+                    decide(*self.loss[panel].tolist(), COLLAPSE),
+                    f"mean CKA across the block {plus_minus(value[0], error[0])}, with skips "
+                    f"{plus_minus(value[2], error[2])}, loss {plus_minus(*self.loss[panel])} (more "
+                    f"than {COLLAPSE} asked); within the sides {plus_minus(value[1], error[1])}, "
+                    f"with skips {plus_minus(value[3], error[3])}",
+                )
+            )
+        return found
+
+
+RESULT = SkipAblationResult
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A model, the block whose skips it lacks, and the panel that it is compared with."""
+
+    model: int
+    found: LayerMap
+    layers: list[Layer]
+    block: str = ""
+    base: int = 0
+    removes: bool = False
+
+
+def measure(
+    models: Any,
+    images: Any = None,
+    *,
+    layers: str | Sequence[str] = "paper",
+    blocks: Sequence[str | int] | None = None,
+    trained_without: str | int | None = None,
+    **options: Any,
+) -> SkipAblationResult:
+    """CKA between all layers, with and without the skips of chosen blocks.
+
+    Args:
+        models: specs, modules or ``Model``; one or a list; two with ``trained_without``.
+        images: see ``open_images``; the bundled digit scenes by default.
+        layers: ``paper``, ``blocks``, ``all``, or names with wildcards.
+        blocks: by name or index among the modules that make residual additions (0 is the first,
+            -1 the last); about 1/12, 7/12 and 10/12 of the depth by default.
+        trained_without: the block, by name or index, whose skips the second of two models was
+            trained without. Nothing is removed then.
+        options: fields of ``core.running.Options``.
+
+    Raises:
+        VitprobeError: unknown models, images, layers or blocks; a second model that has skips in
+            the block after all; fewer than 4 images; activations that are not finite.
+    """
+    with session(models, images, Options(**options), at_least=MIN_BATCH) as ready:
+        if ready.options.batch_size < MIN_BATCH:
+            raise VitprobeError(
+                f"CKA needs batches of at least {MIN_BATCH} images, not --batch-size "
+                f"{ready.options.batch_size}."
+            )
+        panels = _panels(ready, layers, blocks, trained_without)
+        groups = min(MAX_GROUPS, len(ready.batches))
+        size = max(len(panel.layers) for panel in panels)
+        sums = ready.sums(hsic=(groups, len(panels), size, size), used=(groups,), left_out=())
+
+        def step(batch: Batch) -> None:
+            if len(batch) < MIN_BATCH:
+                sums["left_out"] += len(batch)
+                return
+            for p, panel in enumerate(panels):
+                value = hsic(_grams(ready, batch, panel))
+                sums["hsic"][batch.index % groups, p, : len(value), : len(value)] += value
+            sums["used"][batch.index % groups] += 1
+
+        facts = [[p.model, p.block, *(layer.label for layer in p.layers)] for p in panels]
+        ready.run(step, sums, decides={"analysis": "skip_ablation", "panels": facts})
+        if not sums["used"].sum():
+            raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
+        meta = ready.meta("skip_ablation")
+        meta["n"] -= int(sums["left_out"])
+    meta["trained_without"] = trained_without is not None
+    meta["experiment"] = TRAINED if meta["trained_without"] else REMOVED
+    sides = np.ones((len(panels), size), dtype=np.int64)
+    names = np.full((len(panels), size), "", dtype="U200")
+    for p, panel in enumerate(panels):
+        names[p, : len(panel.layers)] = [layer.label for layer in panel.layers]
+        if panel.block:
+            sides[p, : len(panel.layers)] = _sides(panel.found, panel.layers, panel.block)
+    means, error = jackknife(
+        lambda total: _means(normalise(total).cpu(), panels, sides), sums["hsic"], sums["used"]
+    )
+    value = normalise(sums["hsic"].sum(0)).cpu().numpy()
+    return SkipAblationResult(
+        meta, value, names, np.array([panel.model for panel in panels]),
+        np.array([panel.block for panel in panels]), sides, means[:, :4], error[:, :4],
+        np.stack([means[:, 4], error[:, 4]], axis=1),
+    )  # fmt: skip
+
+
+def _panels(
+    ready: Session, layers: Any, blocks: Sequence[str | int] | None, without: str | int | None
+) -> list[_Panel]:
+    maps = []
+    for model, example in zip(ready.models, ready.example()):
+        with ready.autocast():
+            maps.append(map_layers(model.name, model.module, example))
+    intact = [_Panel(m, found, found.choose(layers)) for m, found in enumerate(maps)]
+    if without is not None:
+        if len(maps) != 2 or blocks is not None:
+            raise VitprobeError(
+                "--trained-without takes two models, trained with and without the skips of one "
+                "block, and no --blocks."
+            )
+        (block,) = choose_blocks(maps[0], [without])
+        if block not in maps[1].modules or block in block_names(maps[1]):
+            raise VitprobeError(f"{maps[1].model} was not trained without the skips of {block}.")
+        return [intact[0], _Panel(1, maps[1], intact[1].layers, block, 0)]
+    panels = []
+    for panel in intact:
+        base = len(panels)
+        panels.append(panel)
+        for block in choose_blocks(panel.found, blocks):
+            panels.append(_Panel(panel.model, panel.found, panel.layers, block, base, True))
+    return panels
+
+
+def block_names(found: LayerMap) -> list[str]:
+    """The modules that make residual additions, in forward order."""
+    return list(dict.fromkeys(a.module for a in found.trace.additions if a.module))
+
+
+def choose_blocks(found: LayerMap, asked: Sequence[str | int] | None) -> list[str]:
+    """Names of blocks, asked for by name or index."""
+    known = block_names(found)
+    if not known:
+        raise VitprobeError(f"{found.model} has no residual additions: no skips to remove.")
+    if asked is None:
+        asked = [min(len(known) - 1, max(1, round(len(known) * depth))) for depth in DEPTHS]
+    chosen = []
+    for one in asked:
+        if str(one).lstrip("-").isdigit():
+            if not -len(known) <= int(one) < len(known):
+                raise VitprobeError(
+                    f"{found.model} has no block {one}: it has {len(known)}, from 0 "
+                    f"({known[0]}) to {len(known) - 1} ({known[-1]})."
+                )
+            one = known[int(one)]
+        if one not in known:
+            raise VitprobeError(f"{found.model} has no block {one!r}.{nearest(str(one), known)}")
+        chosen.append(str(one))
+    return list(dict.fromkeys(chosen))
+
+
+def _sides(found: LayerMap, layers: list[Layer], block: str) -> list[int]:
+    """0 for what stands before the block, 2 from its output on, 1 between."""
+    call = next(call for call in found.trace.calls if call.name == block)
+    sums = [a.started for a in found.trace.additions if a.module == block]
+    output = max(sums, default=call.finished)
+    return [0 if la.time <= call.started else 2 if la.time >= output else 1 for la in layers]
+
+
+def _means(values: Tensor, panels: list[_Panel], sides: np.ndarray) -> Tensor:
+    """(panels, 5): across and within, the same with skips, and the loss across."""
+
+    def across_and_within(panel: int, side: np.ndarray) -> list[Tensor]:
+        before, after = (torch.from_numpy(side == value) for value in (0, 2))
+        one = before[:, None] & before | after[:, None] & after
+        other = ~torch.eye(len(side), dtype=torch.bool)
+        return [values[panel][where].nanmean() for where in (before[:, None] & after, one & other)]
+
+    rows = []
+    for p, panel in enumerate(panels):
+        if not panel.block:
+            rows.append(values.new_full((5,), torch.nan))
+            continue
+        side = sides[p]
+        if panels[panel.base].found is not panel.found:
+            with_skips = np.ones_like(side)
+            names = _sides(panels[panel.base].found, panels[panel.base].layers, panel.block)
+            with_skips[: len(names)] = names
+        else:
+            with_skips = side
+        row = across_and_within(p, side) + across_and_within(panel.base, with_skips)
+        rows.append(torch.stack([*row, row[2] - row[0]]))
+    return torch.stack(rows)
+
+
+def _grams(ready: Session, batch: Batch, panel: _Panel) -> Tensor:
+    """(L, n, n) of the panel's layers; one forward pass."""
+    module = ready.models[panel.model].module
+    grams: list[Tensor] = [torch.empty(0)] * len(panel.layers)
+
+    def reduce(i: int, tensor: Tensor) -> None:
+        grams[i] = gram(tensor)
+
+    additions = [
+        a for a in panel.found.trace.additions if panel.removes and a.module == panel.block
+    ]
+    with ExitStack() as stack:
+        if additions:
+            # Outside the capture, which then sees what stands in for the sums.
+            branch = {addition: lambda skip, branch: branch for addition in additions}
+            stack.enter_context(AdditionHooks(module, before=branch))
+        stack.enter_context(capture(module, panel.layers, reduce))
+        stack.enter_context(ready.autocast())
+        module(batch.inputs[panel.model])
+    stacked = torch.stack(grams)
+    bad = (~torch.isfinite(stacked).all((1, 2))).nonzero()
+    if len(bad):
+        where = f" without the skips of {panel.block}" if panel.block else ""
+        raise VitprobeError(
+            f"The layer {panel.layers[int(bad[0])].label} of {ready.models[panel.model].name}"
+            f"{where} is not finite; it is the first such layer."
+        )
+    return stacked
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.skip_ablation``."""
+    parser = cli.parser("skip_ablation", __doc__)
+    parser.set_defaults(layers=["paper"])
+    add = parser.add_argument
+    add("--blocks", nargs="+", metavar="B", help="names or indices of blocks that lose their skips")
+    add("--trained-without", metavar="B",
+        help="the block whose skips the second of two models was trained without")  # fmt: skip
+    return cli.run(
+        parser,
+        argv,
+        "skip_ablation",
+        lambda args: measure(
+            args.models, args.images, layers=args.layers, blocks=args.blocks,
+            trained_without=args.trained_without, **cli.options(args, "skip_ablation"),
+        ),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,409 @@
+"""What the skips carry against what the branches add, at every residual addition.
+
+Raghu et al. 2021 (arXiv 2108.08810), Figure 7, E.1 and E.2.
+
+The quantities: ‖z‖ / ‖f(z)‖ and cos(z, f(z)), z what the skip carries and f(z) what the branch
+adds, as they stand just before the addition: after layer scale, and z before it is normalised.
+Norms run over the channels of one token or one location, without unit.
+
+Choices made: every residual addition of the forward pass, told by its operations (``core.trace``);
+z of a projection shortcut is what the projection gives. Models that have the same tokens at every
+addition keep them apart; for maps, and for tokens that change in number, the mean over locations.
+A branch that is exactly 0 has no ratio: such cases are left out of the means, counted, and hatched
+where nothing else is there. Standard errors over images.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, product
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitprobe.core import cli, drawing
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.layers import Layer, LayerMap, map_layers
+from vitprobe.core.moments import add_moments, mean_and_error, moment_shapes
+from vitprobe.core.places import CHANNELS_FIRST, find_places
+from vitprobe.core.results import Finding, Result, combine, decide, plus_minus
+from vitprobe.core.running import Batch, Options, Session, Sums, session
+from vitprobe.core.trace import Addition, AdditionHooks
+
+ATTENTION, MLP, CONVOLUTION = "attention", "MLP", "convolution"
+_LINES = {ATTENTION: "-", MLP: "--", CONVOLUTION: "-"}
+
+
+def norms_and_product(skip: Tensor, branch: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """‖z‖, ‖f(z)‖ and z·f(z) along the channel axis, at least in float32."""
+    if skip.dtype != torch.float64:
+        skip, branch = skip.float(), branch.float()
+
+    # Along the channels of maps, vecdot takes half of vector_norm's time on CPU.
+    def product(one: Tensor, other: Tensor) -> Tensor:
+        return torch.linalg.vecdot(one, other, dim=axis)
+
+    return product(skip, skip).sqrt(), product(branch, branch).sqrt(), product(skip, branch)
+
+
+def ratio_and_cosine(of_skip: Tensor, of_branch: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """‖z‖ / ‖f(z)‖, NaN where the branch is exactly 0, and the cosine, NaN where either is."""
+    branch = of_branch.where(of_branch != 0, torch.nan)
+    return of_skip / branch, product / (branch * of_skip.where(of_skip != 0, torch.nan))
+
+
+@dataclass(frozen=True)
+class SkipRatioResult(Result):
+    """Norm ratios and cosines of skip and branch.
+
+    Attributes:
+        ratio: (additions, tokens) mean over images of ‖z‖ / ‖f(z)‖; NaN where there is no such
+            token or the branch was 0 for every image. For maps there is one column.
+        ratio_se: (additions, tokens) standard error over images.
+        cosine: (additions, tokens) mean over images of cos(z, f(z)).
+        cosine_se: (additions, tokens) standard error over images.
+        spatial: (additions,) ratio averaged over the patch tokens, or the locations of a map.
+        spatial_se: (additions,) standard error over images.
+        log_ratio: (models, 3) means over additions of natural logarithms of the ratio: the class
+            token's minus the spatial mean's, in the first and in the second half of the
+            additions, and the spatial mean's over all.
+        log_ratio_se: (models, 3) standard error over images.
+        zeros: (additions, tokens) how many images had a branch of exactly 0 there (for maps: at
+            any location).
+        kind: (additions,) ``attention``, ``MLP`` or ``convolution``, what the branch does.
+        layers: (additions,) names.
+        model_of_layer: (additions,) index into ``meta["models"]``.
+    """
+
+    ratio: np.ndarray
+    ratio_se: np.ndarray
+    cosine: np.ndarray
+    cosine_se: np.ndarray
+    spatial: np.ndarray
+    spatial_se: np.ndarray
+    log_ratio: np.ndarray
+    log_ratio_se: np.ndarray
+    zeros: np.ndarray
+    kind: np.ndarray
+    layers: np.ndarray
+    model_of_layer: np.ndarray
+
+    analysis: ClassVar[str] = "skip_ratio"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def of(self, model: int, kind: str | None = None) -> np.ndarray:
+        """Rows of a model, or of one kind of its additions."""
+        mine = self.model_of_layer == model
+        return np.flatnonzero(mine if kind is None else mine & (self.kind == kind))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Heat maps (tokens × additions) and lines against depth; on ``ax``, the ratio lines."""
+        with drawing.style():
+            if ax is not None:
+                self._lines(ax, "ratio")
+                ax.legend()
+                return ax
+            maps = [m for m, layout in enumerate(self.meta["layouts"]) if layout["tokens"] > 1]
+            figure = drawing.new_figure(9, 4 + 2.9 * len(maps))
+            grid = figure.add_gridspec(len(maps) + 2, 1, height_ratios=[2.9] * len(maps) + [0.4, 3])
+            for place, model in zip(grid, maps):
+                self._heat_maps(figure, place, model)
+            below = grid[len(maps) + 1].subgridspec(1, 2)
+            ratio, cosine = (figure.add_subplot(below[0, i]) for i in (0, 1))
+            self._lines(ratio, "ratio")
+            self._lines(cosine, "cosine")
+            key = figure.add_subplot(grid[len(maps)])
+            key.axis("off")
+            key.legend(*ratio.get_legend_handles_labels(), fontsize=6.5, loc="center", ncols=3)
+            drawing.caption(figure, self._caption(), width=150)
+            return figure
+
+    def _heat_maps(self, figure: Any, place: Any, model: int) -> None:
+        kinds = [kind for kind in _LINES if len(self.of(model, kind))]
+        tokens = self.meta["layouts"][model]["tokens"]
+        axes = place.subgridspec(1, len(kinds)).subplots(squeeze=False)[0]
+        with np.errstate(divide="ignore"):
+            values = np.log10(self.ratio[:, :tokens])
+        values[~np.isfinite(values)] = np.nan
+        shown = values[self.of(model)]
+        low, high = (0.0, 1.0) if np.isnan(shown).all() else np.nanpercentile(shown, (0.5, 99.5))
+        for one, kind in zip(axes, kinds):
+            rows = self.of(model, kind)
+            image = drawing.heat_map(one, values[rows], vmin=low, vmax=max(high, low + 1e-6))
+            one.set_xlabel("token" + (", 0 = class" if self._has_class(model) else ""))
+            drawing.layer_axis(one.yaxis, [str(name) for name in self.layers[rows]], "")
+            one.set_title(f"{self.models[model]}: {kind}")
+        bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.01, extend="both")
+        ticks, labels = _ticks(low, high)
+        bar.set_ticks(np.log10(ticks).tolist(), labels=labels)
+        bar.set_label("‖z‖ / ‖f(z)‖")
+
+    def _has_class(self, model: int) -> bool:
+        return self.meta["layouts"][model]["has_class"]
+
+    def _lines(self, ax: Any, what: str) -> None:
+        """Against depth from 0 to 1: spatial mean and class token, one line for each kind."""
+        values, errors = (self.ratio, self.ratio_se) if what == "ratio" else (
+            self.cosine, self.cosine_se
+        )  # fmt: skip
+        colours = cycle(drawing.COLOURS)
+        for model, name in enumerate(self.models):
+            order, prefix = self.of(model), self.meta["layouts"][model]["prefix"]
+            mean = self.spatial if what == "ratio" else _nanmean(values[:, prefix:])
+            error = self.spatial_se if what == "ratio" else np.full_like(mean, np.nan)
+            tokens = {"": (mean, error, next(colours), "")}
+            if self._has_class(model):
+                tokens = {" spatial tokens": tokens[""]}
+                tokens[" class token"] = values[:, 0], errors[:, 0], next(colours), "o"
+            for (label, line), kind in product(tokens.items(), _LINES):
+                value, error, colour, marker = line
+                rows = self.of(model, kind)
+                if not len(rows):
+                    continue
+                depth = (np.searchsorted(order, rows) + 1) / len(order)
+                ax.plot(
+                    depth, value[rows], color=colour, linestyle=_LINES[kind], marker=marker,
+                    markersize=3.5, linewidth=1.2, label=f"{name}{label}, {kind}",
+                )  # fmt: skip
+                low, high = (value[rows] + side * error[rows] for side in (-1, 1))
+                ax.fill_between(depth, low, high, color=colour, alpha=0.2, linewidth=0)
+        ax.set_xlabel("depth (fraction of the residual additions)")
+        if what == "ratio":
+            ax.set_ylabel("‖z‖ / ‖f(z)‖")
+            if not (self.spatial > 0).any():
+                return
+            ax.set_yscale("log")
+            ax.set_yticks(*_ticks(*np.log10(ax.get_ylim())), minor=False)
+            ax.set_yticks([], minor=True)
+        else:
+            ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+            ax.set_ylabel("cos(z, f(z))")
+
+    def _caption(self) -> str:
+        text = drawing.provenance_line(self.meta)
+        text += " z: what the skip carries, f(z): what the branch adds. Bands: one standard error."
+        if self.zeros.any():
+            where = int((self.zeros > 0).sum())
+            text += (
+                f" {int(self.zeros.sum()):,} cases of a branch of exactly 0 (in {where:,} cells) "
+                f"left out; hatched, or without a line, where nothing else was."
+            )
+        return text
+
+    def findings(self) -> list[Finding]:
+        """Raghu et al.'s claims of Figure 7 for every model with a class token, and every pair."""
+        source, layouts = "Raghu et al. 2021, Fig. 7", self.meta["layouts"]
+        logs = np.stack([self.log_ratio, self.log_ratio_se], axis=2).tolist()
+        found = []
+        for model, name in enumerate(self.models):
+            first, second, _ = logs[model]
+            if not self._has_class(model):
+                continue
+            found.append(
+                Finding(
+                    f"in {name} the class token's ratio is above the spatial tokens' in the first "
+                    f"half, below in the second",
+                    source,
+                    combine([decide(*first), decide(-second[0], second[1])]),
+                    f"mean log ratio of class token minus spatial: first half "
+                    f"{plus_minus(*first)}, second half {plus_minus(*second)}",
+                )
+            )
+        for a, b in product(range(len(layouts)), repeat=2):
+            if not layouts[a]["attends"] or layouts[b]["attends"]:
+                continue
+            vit, cnn = logs[a][2], logs[b][2]
+            difference = vit[0] - cnn[0], float(np.hypot(vit[1], cnn[1]))
+            found.append(
+                Finding(
+                    f"the ratios of {self.models[a]} are above those of {self.models[b]}",
+                    source,
+                    decide(*difference),
+                    f"mean log ratio over locations and additions {plus_minus(*vit)} and "
+                    f"{plus_minus(*cnn)}, difference {plus_minus(*difference)}",
+                )
+            )
+        return found
+
+
+RESULT = SkipRatioResult
+
+
+def measure(models: Any, images: Any = None, **options: Any) -> SkipRatioResult:
+    """Norm ratio and cosine of skip and branch at every residual addition of the models.
+
+    Args:
+        models: specs, modules or ``Model``; one or a list.
+        images: see ``open_images``; the bundled digit scenes by default.
+        options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
+
+    Raises:
+        VitprobeError: unknown models or images; a model without residual additions; activations
+            that are not finite.
+    """
+    with session(models, images, Options(**options)) as ready:
+        plans = [_plan(ready, m, example) for m, example in enumerate(ready.example())]
+        owner = np.repeat(np.arange(len(plans)), [len(plan.layers) for plan in plans])
+        labels = [layer.label for plan in plans for layer in plan.layers]
+        starts = np.searchsorted(owner, np.arange(len(plans))).tolist()
+        size = len(labels), max(plan.tokens for plan in plans)
+        shapes: Any = {
+            "ratio": size, "cosine": size, "spatial": size[:1], "log_ratio": (len(plans), 3),
+        }  # fmt: skip
+        sums = ready.sums(**moment_shapes(**shapes), zeros=size)
+
+        def step(batch: Batch) -> None:
+            for m, (plan, start) in enumerate(zip(plans, starts)):
+                _step(ready, batch.inputs[m], m, plan, start, sums)
+
+        ready.run(step, sums, decides={"analysis": "skip_ratio", "layers": labels})
+        moments = [array for name in shapes for array in mean_and_error(sums, name)]
+        meta = ready.meta("skip_ratio")
+        meta["layouts"] = [plan.layout for plan in plans]
+    zeros = sums["zeros"].cpu().numpy().astype(np.int64)
+    kinds = np.array([kind for plan in plans for kind in plan.kinds])
+    return SkipRatioResult(meta, *moments, zeros, kinds, np.array(labels), owner)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The additions of a model, and how each tensor is read."""
+
+    layers: list[Layer]
+    axes: list[int]  # of the channels, images first
+    kinds: list[str]
+    tokens: int
+    layout: dict[str, Any]
+
+
+def _plan(ready: Session, m: int, example: Tensor) -> _Plan:
+    model = ready.models[m]
+    with ready.autocast():
+        found = map_layers(model.name, model.module, example)
+    layers = [layer for layer in found.layers if layer.addition is not None]
+    if not layers:
+        raise VitprobeError(f"{model.name} has no residual additions: no skips to measure.")
+    side = example.shape[-2], example.shape[-1]
+    places = [find_places(layer, model.module, side) for layer in layers]
+    shapes = {layer.shape[:1] if len(layer.shape) == 2 else () for layer in layers}
+    apart = len(shapes) == 1 and () not in shapes
+    axes = [
+        1 if place and place.form == CHANNELS_FIRST else -1 if place else _axis(layer, found)
+        for layer, place in zip(layers, places)
+    ]
+    known = places[0] if apart and places[0] else None
+    return _Plan(
+        layers,
+        axes,
+        [_kind(layer.addition, found.modules) for layer in layers if layer.addition],
+        shapes.pop()[0] if apart else 1,
+        {
+            "tokens": layers[0].shape[0] if apart else 1,
+            "prefix": known.prefix if known else 0,
+            "has_class": bool(known and known.has_class),
+            "attends": found.has_attention,
+        },
+    )
+
+
+def _kind(addition: Addition, modules: dict[str, nn.Module]) -> str:
+    if addition.attends:
+        return ATTENTION
+    # Convolutions of one pixel are linear layers: some MLPs are made of them.
+    spatial = (
+        isinstance(modules[name], nn.Conv2d) and max(modules[name].kernel_size) > 1
+        for name in addition.branch_modules
+    )
+    return CONVOLUTION if any(spatial) else MLP
+
+
+def _axis(layer: Layer, found: LayerMap) -> int:
+    """The channel axis where the shape does not tell: as many as the branch's last layer has."""
+    if layer.fold > 1 or layer.addition is None:
+        return -1
+    for name in reversed(layer.addition.branch_modules):
+        module = found.modules[name]
+        features = getattr(module, "out_channels", getattr(module, "out_features", None))
+        if features is not None:
+            fitting = [axis for axis, size in enumerate(layer.shape, 1) if size == features]
+            return fitting[0] if len(fitting) == 1 else -1
+    return -1
+
+
+def _step(ready: Session, inputs: Tensor, m: int, plan: _Plan, start: int, sums: Sums) -> None:
+    logs: list[tuple[Tensor, Tensor]] = [(inputs, inputs)] * len(plan.layers)
+    prefix = plan.layout["prefix"]
+
+    def take(i: int, skip: Tensor, branch: Tensor) -> None:
+        layer = plan.layers[i]
+        parts = norms_and_product(layer.by_image(skip), layer.by_image(branch), plan.axes[i])
+        parts = [part.flatten(1).to(sums["zeros"].device).double() for part in parts]
+        if not torch.isfinite(torch.stack(parts)).all():
+            raise VitprobeError(
+                f"The layer {layer.label} of {ready.models[m].name} is not finite; it is the "
+                f"first such addition."
+            )
+        ratio, cosine = ratio_and_cosine(*parts)
+        spatial = ratio[:, prefix:].nanmean(1)
+        zeros = ratio.isnan()
+        if plan.tokens == 1:
+            ratio, cosine, zeros = (
+                ratio.nanmean(1, True), cosine.nanmean(1, True), zeros.any(1, True),
+            )  # fmt: skip
+        row = start + i
+        add_moments(sums, "ratio", (row, slice(0, plan.tokens)), ratio)
+        add_moments(sums, "cosine", (row, slice(0, plan.tokens)), cosine)
+        add_moments(sums, "spatial", (row,), spatial)
+        sums["zeros"][row, : plan.tokens] += zeros.sum(0)
+        logs[i] = spatial.log(), ratio[:, 0].log()
+
+    hooks: Any = {layer.addition: partial(take, i) for i, layer in enumerate(plan.layers)}
+    with AdditionHooks(ready.models[m].module, before=hooks), ready.autocast():
+        ready.models[m].module(inputs)
+    spatial, first = (torch.stack(column, 1) for column in zip(*logs))
+    gap, half = _finite(first - spatial), (len(logs) + 1) // 2
+    three = (gap[:, :half].nanmean(1), gap[:, half:].nanmean(1), _finite(spatial).nanmean(1))
+    add_moments(sums, "log_ratio", (m,), torch.stack(three, 1))
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.where(values.isfinite(), torch.nan)
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean of each row's numbers; NaN where it has none."""
+    count = (~np.isnan(values)).sum(1)
+    return np.where(count, np.nansum(values, 1) / np.maximum(count, 1), np.nan)
+
+
+def _ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """1, 2, 5, 10 ... between two powers of ten, and how they are written."""
+    steps = [step * 10.0**power for power in range(-9, 10) for step in (1, 2, 5)]
+    if high - low > 3:
+        steps = steps[::3]
+    chosen = [step for step in steps if low <= np.log10(step) <= high]
+    return chosen, [f"{step:g}" for step in chosen]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.skip_ratio``."""
+    parser = cli.parser("skip_ratio", __doc__, layers=False)
+    return cli.run(
+        parser,
+        argv,
+        "skip_ratio",
+        lambda args: measure(args.models, args.images, **cli.options(args, "skip_ratio")),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
