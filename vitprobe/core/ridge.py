@@ -1,0 +1,100 @@
+"""Many ridge regressions side by side, each with its penalty chosen by leaving one row out.
+
+With rows X (n, d), targets Y (n, c) and penalty λ, the weights are W = (XᵀX + λI)⁻¹XᵀY, or
+Xᵀ(XXᵀ + λI)⁻¹Y where there are more features than rows. One eigendecomposition of the smaller
+matrix gives the errors of all n leave-one-out fits for every λ at once:
+
+    primal: e_i = (y_i - ŷ_i) / (1 - h_i), with the leverage h_i = x_iᵀ(XᵀX + λI)⁻¹x_i;
+    dual:   e_i = [G⁻¹Y]_i / [G⁻¹]_ii,     with G = XXᵀ + λI.
+
+The λ of the smallest mean square error is taken, as in scikit-learn's ``RidgeCV``, and its system
+is solved by Cholesky. A constant feature is one of the columns, and is penalised like all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# From next to nothing to next to no fit, for standardised features by the hundred or ten thousand.
+PENALTIES = torch.logspace(-2, 6, 9, dtype=torch.float64)
+SCALE_FLOOR = 1e-5
+
+
+def standardisation(features: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (+1e-5) over the images along an axis."""
+    variance, mean = torch.var_mean(features, axis, correction=0)
+    return mean, variance.sqrt() + SCALE_FLOOR
+
+
+def signed_targets(labels: Tensor, classes: int) -> Tensor:
+    """(n,) class indices -> (n, classes) float64, 1 for the class and -1 for the others."""
+    return 2 * torch.nn.functional.one_hot(labels, classes).double() - 1
+
+
+def ridge(
+    rows: Tensor, targets: Tensor, penalties: Tensor = PENALTIES, form: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights and chosen penalty of every regression.
+
+    Args:
+        rows: (..., n, d) float64.
+        targets: (n, c) float64, the same for all.
+        penalties: (p,) to choose from; one is taken as it is.
+        form: ``primal`` or ``dual``; by default that of the smaller matrix.
+
+    Returns:
+        (..., d, c) and (...).
+    """
+    n, d = rows.shape[-2:]
+    if (form or ("dual" if n <= d else "primal")) == "dual":
+        coefficients, chosen = dual(rows @ rows.mT, targets, penalties)
+        return rows.mT @ coefficients, chosen
+    moment = rows.mT @ rows
+    errors = primal_errors(rows, moment, targets, penalties.to(rows))
+    chosen = penalties.to(rows)[errors.argmin(-1)]
+    return _solve(moment, rows.mT @ targets, chosen), chosen
+
+
+def dual(grams: Tensor, targets: Tensor, penalties: Tensor = PENALTIES) -> tuple[Tensor, Tensor]:
+    """(..., n, n) Grams -> (..., n, c) coefficients of the rows, and the chosen penalties (...)."""
+    penalties = penalties.to(grams)
+    chosen = penalties[dual_errors(grams, targets, penalties).argmin(-1)]
+    return _solve(grams, targets.expand(*grams.shape[:-1], -1), chosen), chosen
+
+
+def dual_errors(grams: Tensor, targets: Tensor, penalties: Tensor) -> Tensor:
+    """(..., p) mean square leave-one-out errors from Grams."""
+    values, vectors = torch.linalg.eigh(grams)
+    shrunk = 1 / (values.clamp_min(0)[..., None] + penalties)  # (..., n, p)
+    diagonal = vectors.square() @ shrunk
+    rotated = vectors.mT @ targets
+    errors = [
+        (vectors @ (shrunk[..., p, None] * rotated) / diagonal[..., p, None])
+        .square()
+        .mean((-2, -1))
+        for p in range(len(penalties))
+    ]
+    return torch.stack(errors, -1)
+
+
+def primal_errors(rows: Tensor, moment: Tensor, targets: Tensor, penalties: Tensor) -> Tensor:
+    """(..., p) mean square leave-one-out errors from rows (..., n, d) and their XᵀX."""
+    values, vectors = torch.linalg.eigh(moment)
+    scores = rows @ vectors
+    shrunk = 1 / (values.clamp_min(0)[..., None] + penalties)  # (..., d, p)
+    rest = 1 - scores.square() @ shrunk
+    rotated = scores.mT @ targets
+    errors = [
+        ((targets - scores @ (shrunk[..., p, None] * rotated)) / rest[..., p, None])
+        .square()
+        .mean((-2, -1))
+        for p in range(len(penalties))
+    ]
+    return torch.stack(errors, -1)
+
+
+def _solve(matrix: Tensor, right: Tensor, penalty: Tensor) -> Tensor:
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor = torch.linalg.cholesky(matrix + penalty[..., None, None] * eye)
+    return torch.cholesky_solve(right, factor)

@@ -1,0 +1,344 @@
+"""Where the class can be read off: few-shot linear probes at every block, for every readout.
+
+Raghu et al. 2021 (arXiv 2108.08810), Figures 11 and 13 and Appendix D.4.
+
+The quantity: accuracy (0 to 1) on test images of ridge regression onto ±1 class targets, fitted on
+a few images a class. Readouts: ``tokens``, one probe for each patch token, their accuracies
+averaged; ``CLS``; ``first patch``; ``mean`` of all patch tokens; ``all``, every token of the layer
+side by side. In a CNN the tokens are map locations, averaged down to the last block's resolution.
+
+Choices made: features standardised with the fitting images' mean and deviation (+1e-5), a
+constant feature appended; the penalty of each probe chosen among 1e-2 ... 1e6 by the leave-one-out
+error on its fitting images, so that test images decide nothing. Several seeded draws of fitting
+images, their accuracies averaged; the standard error holds the spread of the draws and the number
+of test images.
+
+Memory: the features of one draw are held in float32, a few layers at a time where all would take
+more than 2 GiB (the draw then passes more than once); of the test images nothing is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vitprobe.core import cli, drawing
+from vitprobe.core.labelled import open_task
+from vitprobe.core.models import load_models
+from vitprobe.core.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS, placed_layers
+from vitprobe.core.probes import READOUTS, TestCounts, fit_draw, side_by_side, test_probes
+from vitprobe.core.results import Finding, Result, combine, decide, plus_minus
+from vitprobe.core.running import Options, session
+
+DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
+# "Far better", in numbers.
+FAR = 0.1
+# Colours of the token grid span at least this much accuracy.
+MIN_RANGE = 0.1
+OWN_READOUT = {CLASS_TOKEN: "CLS", MEAN_OF_TOKENS: "mean", CONVOLUTION: "mean"}
+
+
+@dataclass(frozen=True)
+class LinearProbeResult(Result):
+    """Accuracy of linear probes.
+
+    Attributes:
+        accuracy: (L, readouts) mean over the draws; NaN where a layer has no such readout.
+        accuracy_se: (L, readouts) standard error; NaN with one draw.
+        layers: (L,) names, model by model.
+        readouts: (readouts,) names.
+        model_of_layer: (L,) index into ``meta["models"]``.
+        depth: (L,) place among all blocks of the model, from 0 to 1.
+        accuracy_of_draw: (draws, L, readouts).
+        place_accuracy: (L, rows, columns) of each token's own probe; NaN beyond a smaller grid.
+        penalty: (L, readouts) geometric mean of the penalties chosen.
+    """
+
+    accuracy: np.ndarray
+    accuracy_se: np.ndarray
+    layers: np.ndarray
+    readouts: np.ndarray
+    model_of_layer: np.ndarray
+    depth: np.ndarray
+    accuracy_of_draw: np.ndarray
+    place_accuracy: np.ndarray
+    penalty: np.ndarray
+
+    analysis: ClassVar[str] = "linear_probe"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Accuracy against depth, a line a readout and a panel a model; below it the token grid.
+
+        On ``ax``: all models, a colour each, the readouts apart by line style.
+        """
+        with drawing.style():
+            if ax is not None:
+                for m in range(len(self.models)):
+                    self._lines(ax, m, by_model=True)
+                return ax
+            count = len(self.models)
+            figure = drawing.new_figure(3.1 * count + 1.2, 5.4)
+            axes = figure.subplots(2, count, squeeze=False, height_ratios=(1.6, 1))
+            for m in range(count):
+                self._lines(axes[0, m], m, by_model=False)
+                axes[0, m].sharey(axes[0, 0])
+                last = self._last(m)
+                grid = self._grid(last)
+                low = float(grid.min())
+                high = max(float(grid.max()), low + MIN_RANGE)
+                image = drawing.heat_map(axes[1, m], grid, vmin=low, vmax=high)
+                axes[1, m].invert_yaxis()  # a picture's first row is at its top
+                axes[1, m].set(aspect="equal", xticks=[], yticks=[])
+                figure.colorbar(image, ax=axes[1, m], label="accuracy")
+                axes[1, m].set_title(f"each token, {drawing.short(str(self.layers[last]))}")
+            axes[0, 0].set_ylabel("accuracy on test images")
+            handles = [pair for one in axes[0] for pair in zip(*one.get_legend_handles_labels())]
+            named = {name: handle for handle, name in handles}
+            axes[0, 0].legend(named.values(), named.keys(), loc="upper left")
+            drawing.caption(figure, self._caption(), width=int(38 * count + 30))
+            return figure
+
+    def _lines(self, ax: Any, model: int, by_model: bool) -> None:
+        mine = self.model_of_layer == model
+        styles = ("-", "--", ":", "-.", (0, (1, 3)))
+        for r, readout in enumerate(self.readouts.tolist()):
+            if np.isnan(self.accuracy[mine, r]).all():
+                continue
+            colour = drawing.COLOURS[(model if by_model else r) % len(drawing.COLOURS)]
+            ax.errorbar(
+                self.depth[mine], self.accuracy[mine, r], self.accuracy_se[mine, r],
+                color=colour, linestyle=styles[r] if by_model else "-", marker="o", markersize=3,
+                capsize=2, label=f"{self.models[model]}, {readout}" if by_model else readout,
+            )  # fmt: skip
+        if not by_model or model == 0:
+            ax.axhline(1 / len(self.meta["classes"]), color="0.6", linewidth=0.8, label="chance")
+        ax.set(xlabel="depth (share of blocks)", ylim=(0, None))
+        if by_model:
+            ax.set_ylabel("accuracy on test images")
+            ax.legend()
+        else:
+            ax.set_title(self.models[model])
+
+    def _grid(self, layer: int) -> np.ndarray:
+        grid = self.place_accuracy[layer]
+        there = np.isfinite(grid)
+        return grid[np.ix_(there.any(1), there.any(0))]
+
+    def _caption(self) -> str:
+        meta = self.meta
+        text = drawing.provenance_line(meta)
+        text += (
+            f" Ridge on {meta['shots']} images a class, {len(meta['classes'])} classes, mean of "
+            f"{meta['draws']} draws ({meta['split']}); tested on these n. Bars: standard error "
+            f"over draws and test images."
+        )
+        return text
+
+    def findings(self) -> list[Finding]:
+        """Raghu et al.'s claims of Figures 11 and 13 on the trained models at hand."""
+        kinds = self.meta["kinds"]
+        found = []
+        for a, kind in enumerate(kinds):
+            if kind == CLASS_TOKEN:
+                found += [self._tokens_apart(a, b)
+                          for b, other in enumerate(kinds) if other == MEAN_OF_TOKENS]  # fmt: skip
+                if (self.model_of_layer == a).sum() > 2:
+                    found.append(self._late(a))
+            if kind in OWN_READOUT:
+                found.append(self._own_is_best(a, OWN_READOUT[kind]))
+        return found
+
+    def _difference(self, *terms: tuple[int, str, float]) -> tuple[float, float]:
+        """A weighted sum of accuracies (layer, readout, weight) and its standard error.
+
+        The draws are paired. That the test images are, too, is left out of account: wider errors.
+        """
+        places = [(layer, self.readouts.tolist().index(name)) for layer, name, _ in terms]
+        weights = [weight for *_, weight in terms]
+        draws = np.sum([w * self.accuracy_of_draw[:, i, r]
+                        for w, (i, r) in zip(weights, places)], axis=0)  # fmt: skip
+        p = [self.accuracy[place] for place in places]
+        tests = sum(w * w * v * (1 - v) for w, v in zip(weights, p)) / self.meta["n"]
+        return float(draws.mean()), float(np.sqrt(_variance_of_mean(draws) + tests))
+
+    def _last(self, model: int) -> int:
+        return int(np.flatnonzero(self.model_of_layer == model)[-1])
+
+    def _at(self, layer: int, readout: str) -> str:
+        r = self.readouts.tolist().index(readout)
+        return f"{readout} {plus_minus(self.accuracy[layer, r], self.accuracy_se[layer, r])}"
+
+    def _tokens_apart(self, by_class: int, by_mean: int) -> Finding:
+        i, j = self._last(by_class), self._last(by_mean)
+        gap = self._difference((j, "tokens", 1), (i, "tokens", -1))
+        return Finding(
+            f"spatial tokens of the last block probe far better in {self.models[by_mean]} than in "
+            f"{self.models[by_class]}",
+            "Raghu et al. 2021, Fig. 11",
+            decide(*gap, FAR),
+            f"{self.models[by_mean]} {self._at(j, 'tokens')}, {self.models[by_class]} "
+            f"{self._at(i, 'tokens')}, difference {plus_minus(*gap)} (more than {FAR} asked)",
+        )
+
+    def _own_is_best(self, model: int, own: str) -> Finding:
+        last = self._last(model)
+        others = [name for name in ("tokens", "CLS", "first patch", "mean") if name != own]
+        # ``all`` is no aggregation: it holds every other readout.
+        others = [n for n in others
+                  if np.isfinite(self.accuracy[last, self.readouts.tolist().index(n)])]  # fmt: skip
+        gaps = [self._difference((last, own, 1), (last, name, -1)) for name in others]
+        return Finding(
+            f"the readout that {self.models[model]} was trained with ({own}) is its best at the "
+            f"last block",
+            "Raghu et al. 2021, Fig. 11",
+            combine([decide(*gap) for gap in gaps]),
+            ", ".join(self._at(last, name) for name in (own, *others)),
+        )
+
+    def _late(self, model: int) -> Finding:
+        rows = np.flatnonzero(self.model_of_layer == model)
+        first, middle, last = int(rows[0]), int(rows[(len(rows) - 1) // 2]), int(rows[-1])
+        gap = self._difference((last, "CLS", 1), (middle, "CLS", -2), (first, "CLS", 1))
+        return Finding(
+            f"the class token of {self.models[model]} becomes useful late: it gains more accuracy "
+            f"in the second half of depth than in the first",
+            "Raghu et al. 2021, Fig. 11",
+            decide(*gap),
+            ", ".join(f"{self.layers[i]} {self._at(i, 'CLS')}" for i in (first, middle, last))
+            + f"; late gain minus early {plus_minus(*gap)}",
+        )
+
+
+RESULT = LinearProbeResult
+
+
+def _variance_of_mean(draws: np.ndarray) -> np.ndarray:
+    """Over the first axis; NaN for one draw."""
+    count = len(draws)
+    if count < 2:
+        return np.full(draws.shape[1:], np.nan)
+    return draws.var(0, ddof=1) / count
+
+
+def measure(
+    models: Any,
+    images: Any = None,
+    *,
+    test_images: Any = None,
+    shots: int = 10,
+    draws: int = 5,
+    layers: str | Sequence[str] = "blocks",
+    **options: Any,
+) -> LinearProbeResult:
+    """Few-shot linear probes at every block.
+
+    Args:
+        models: specs, modules or ``Model``; one or a list.
+        images: labelled, to fit on: a folder or tar of class folders, an ``.npz`` with ``labels``,
+            ``Images``. The bundled digit scenes by default, split ``fit``.
+        test_images: labelled, of the same classes. Without them a seeded part of ``images`` is
+            kept for testing.
+        shots: fitting images a class and draw.
+        draws: seeded draws, disjoint where there are enough images.
+        layers: ``blocks``, ``last``, or names with wildcards.
+        options: fields of ``core.running.Options``; ``num_images`` counts the test images.
+
+    Raises:
+        VitprobeError: unknown models, images or layers; images without labels, too few of a class;
+            activations that are not finite.
+    """
+    asked = Options(**options)
+    loaded = load_models(models, asked.image_size, asked.seed)
+    task = open_task(images, test_images, shots, draws, asked.num_images, asked.seed)
+    # The fitting passes are short: only the test pass leaves a state to go on from.
+    fitting = replace(asked, num_images=None, checkpoint=None)
+    probes = []
+    for number, draw in enumerate(task.draws):
+        with session(loaded, draw, fitting) as ready:
+            if number == 0:
+                placed, kinds = placed_layers(ready, layers)
+            probes.append(fit_draw(ready, placed, len(task.classes)))
+    joined = [side_by_side(list(layer)) for layer in zip(*probes)]
+    with session(loaded, task.test, replace(asked, num_images=None)) as ready:
+        decides = {
+            "analysis": "linear_probe",
+            "layers": [one.layer.label for one in placed],
+            "fitted on": [draw.digest for draw in task.draws],
+            "classes": task.classes,
+            "labels": task.labels_sha256(),
+        }
+        counts = test_probes(ready, placed, joined, decides)
+        meta = ready.meta("linear_probe")
+    meta |= {
+        "shots": shots,
+        "draws": draws,
+        "classes": list(task.classes),
+        "split": task.split,
+        "kinds": kinds,
+        "fitted_on": decides["fitted on"],
+    }
+    return _result(meta, counts, [one.layer.label for one in placed],
+                   np.array([one.model for one in placed]),
+                   np.array([one.depth for one in placed]))  # fmt: skip
+
+
+def _result(
+    meta: dict[str, Any],
+    counts: TestCounts,
+    labels: list[str],
+    owner: np.ndarray,
+    depth: np.ndarray,
+) -> LinearProbeResult:
+    accuracy = counts.accuracy.mean(0)
+    tests = accuracy * (1 - accuracy) / meta["n"]
+    return LinearProbeResult(
+        meta,
+        accuracy=accuracy,
+        accuracy_se=np.sqrt(_variance_of_mean(counts.accuracy) + tests),
+        layers=np.array(labels),
+        readouts=np.array(READOUTS),
+        model_of_layer=owner,
+        depth=depth,
+        accuracy_of_draw=counts.accuracy,
+        place_accuracy=counts.places,
+        penalty=counts.penalty,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.linear_probe``."""
+    parser = cli.parser("linear_probe", __doc__)
+    add = parser.add_argument
+    add("--test-images", metavar="PATH",
+        help="labelled, of the same classes; a seeded part of --images if left out")  # fmt: skip
+    add("--shots", type=int, default=10, metavar="N", help="fitting images a class (%(default)s)")
+    add("--draws", type=int, default=5, metavar="N",
+        help="times that fitting images are drawn (%(default)s)")  # fmt: skip
+    return cli.run(
+        parser,
+        argv,
+        "linear_probe",
+        lambda args: measure(
+            args.models,
+            args.images,
+            test_images=args.test_images,
+            shots=args.shots,
+            draws=args.draws,
+            layers=args.layers,
+            **cli.options(args, "linear_probe"),
+        ),
+        DEFAULT_MODELS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

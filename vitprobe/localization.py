@@ -1,0 +1,372 @@
+"""Whether tokens keep their place: CKA between each token of a block and each patch of the input.
+
+Raghu et al. 2021 (arXiv 2108.08810), Figures 9 and 10 and Appendix D.
+
+The quantity: cka[t, r, c] in [-1, 1], how alike the images are arranged by one token (its features
+alone; in a CNN one map location, all channels) and by the pixels of one input patch. A token that
+still holds its own patch peaks there; one that holds the whole picture is flat. The contrast is the
+mean over tokens of the CKA with the own patch minus the mean CKA with all others.
+
+Choices made: the patches are the pixels as the model receives them, normalised, in a grid of the
+tokens' own shape, so patches of different models can differ in size; a border that the grid does
+not divide is left out on both sides. Maps of more than 16 locations a side are measured on a
+regular subset of locations, each with the patch around it. Unbiased minibatch CKA as in
+``vitprobe.cka``, in batches of at least 4; standard errors by the jackknife over groups of batches.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from vitprobe.core import cli, drawing
+from vitprobe.core.capture import capture
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, jackknife
+from vitprobe.core.place_hsic import input_patches, place_cka, place_hsic
+from vitprobe.core.places import (
+    CLASS_TOKEN,
+    CONVOLUTION,
+    MEAN_OF_TOKENS,
+    Placed,
+    Places,
+    placed_layers,
+)
+from vitprobe.core.results import Finding, Result, decide, plus_minus
+from vitprobe.core.running import Batch, Options, Session, Sums, session
+
+DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
+MAX_MAP_SIDE = 16
+# The sums of all groups together; more layers or tokens mean fewer groups for the jackknife.
+SUM_BYTES = 2**28
+# Where the paper says "much less localised" and "tokens peak", a number has to be chosen: ours are
+# less than half the contrast, and more than half of the interior tokens.
+MUCH_LESS, MOST = 0.5, 0.5
+# Colours span at least this much CKA, so that the noise of a flat map does not look like a map.
+MIN_RANGE = 0.1
+
+
+def contrast(values: Tensor) -> Tensor:
+    """(t, t) CKA -> mean over tokens of that with the own patch minus the mean with the others."""
+    own = torch.eye(len(values), dtype=torch.bool, device=values.device)
+    others = values.masked_fill(own, torch.nan).nanmean(1)
+    return (values.diagonal() - others).nanmean()
+
+
+def peak_share(values: Tensor, rows: int, columns: int) -> Tensor:
+    """The share of interior tokens whose greatest CKA is that with their own patch."""
+    inside = torch.zeros(rows, columns, dtype=torch.bool)
+    inside[1:-1, 1:-1] = True
+    chosen = inside.flatten().nonzero()[:, 0].to(values.device)
+    best = values.nan_to_num(-2)[chosen].argmax(1)
+    return (best == chosen).double().mean()
+
+
+@dataclass(frozen=True)
+class LocalizationResult(Result):
+    """CKA between the tokens of one block or several and the patches of the input.
+
+    Attributes:
+        cka: (tokens, grid rows, grid columns) float32; all tokens of the first layer, row by row,
+            then those of the next; NaN where undefined and beyond a smaller grid.
+        tokens: (tokens, 2) row and column of each token.
+        layer_of_token: (tokens,) index into ``layers``.
+        layers: (L,) names, model by model.
+        model_of_layer: (L,) index into ``meta["models"]``.
+        depth: (L,) place among all blocks of the model, from 0 to 1.
+        grids: (L, 2) rows and columns.
+        contrast: (L,) CKA with the own patch minus the mean with the others, over tokens.
+        contrast_se: (L,) jackknife standard error; NaN with fewer than two batches.
+        peak_share: (L,) share of interior tokens that peak at their own patch.
+        peak_share_se: (L,) jackknife standard error.
+    """
+
+    cka: np.ndarray
+    tokens: np.ndarray
+    layer_of_token: np.ndarray
+    layers: np.ndarray
+    model_of_layer: np.ndarray
+    depth: np.ndarray
+    grids: np.ndarray
+    contrast: np.ndarray
+    contrast_se: np.ndarray
+    peak_share: np.ndarray
+    peak_share_se: np.ndarray
+
+    analysis: ClassVar[str] = "localization"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def of(self, layer: int) -> np.ndarray:
+        """(rows, columns, rows, columns) of one layer: row and column of token, then of patch."""
+        rows, columns = self.grids[layer]
+        part = self.cka[self.layer_of_token == layer, :rows, :columns]
+        return part.reshape(rows, columns, rows, columns)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Heat maps of a few tokens of each model's last layer, the own place in a square.
+
+        With several layers of a model, or on ``ax``, contrast against depth.
+        """
+        with drawing.style():
+            if ax is not None:
+                return self._contrast_lines(ax)
+            last = self._last_layers()
+            deep = len(self.layers) > len(last)
+            count = 5 if max(self.grids.max(0)) > 1 else 1
+            figure = drawing.new_figure(1.55 * count + 1.6 + 3.8 * deep, 1.75 * len(last) + 0.9)
+            parts: Any = figure.subfigures(
+                1, 1 + deep, squeeze=False, width_ratios=[1.5 * count + 1.6, 3.8][: 1 + deep]
+            )[0]
+            maps, lines = parts[0], parts[-1]
+            axes = maps.subplots(len(last), count, squeeze=False)
+            for row, layer in zip(axes, last):
+                image = self._token_maps(row, layer)
+                # A scale each: an untrained model's tokens would leave the others dark.
+                maps.colorbar(image, ax=row, label="CKA with input patch", pad=0.01)
+            if deep:
+                self._contrast_lines(lines.subplots())
+            drawing.caption(figure, self._caption(), width=int(22 * (1.55 * count + 4 * deep)))
+            return figure
+
+    def _last_layers(self) -> list[int]:
+        return [int(np.flatnonzero(self.model_of_layer == m)[-1])
+                for m in np.unique(self.model_of_layer)]  # fmt: skip
+
+    def _token_maps(self, row: Any, layer: int) -> Any:
+        rows, columns = self.grids[layer]
+        values = self.of(layer)
+        defined = values[np.isfinite(values)]
+        low = min(float(defined.min(initial=0)), 0.0)
+        high = max(float(defined.max(initial=0)), MIN_RANGE)
+        # A corner, an edge, and three within, as far as the grid has them.
+        spots = [(0, 0), (0, 1 / 2), (1 / 4, 1 / 4), (1 / 2, 1 / 2), (3 / 4, 1 / 4)]
+        for ax, (down, along) in zip(row, spots):
+            r, c = min(int(down * rows), rows - 1), min(int(along * columns), columns - 1)
+            image = drawing.heat_map(ax, values[r, c], vmin=low, vmax=high)
+            ax.invert_yaxis()  # a picture's first row is at its top
+            ax.set(aspect="equal", xticks=[], yticks=[])
+            ax.set_title(f"token {r * columns + c} ({r}, {c})", fontsize=7)
+            for colour, width in (("black", 2.4), ("white", 1.0)):  # seen on light and dark
+                ax.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, ec=colour, lw=width, fc="none"))
+        model = self.models[self.model_of_layer[layer]]
+        name = str(self.layers[layer])
+        row[0].set_ylabel(f"{drawing.short(model, 26)}\n{drawing.short(name)}", fontsize=7)
+        return image
+
+    def _contrast_lines(self, ax: Any) -> Any:
+        for m in np.unique(self.model_of_layer):
+            mine = self.model_of_layer == m
+            ax.errorbar(self.depth[mine], self.contrast[mine], self.contrast_se[mine],
+                        marker="o", markersize=3, capsize=2, label=self.models[m])  # fmt: skip
+        ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+        ax.set(xlabel="depth (share of blocks)", ylabel="CKA, own patch − mean of others")
+        ax.legend()
+        return ax
+
+    def _caption(self) -> str:
+        meta = self.meta
+        text = drawing.provenance_line(meta) + " Squares: the token's own place."
+        text += f" Unbiased minibatch CKA, batches of {meta['batch_size']}, {meta['precision']}."
+        if meta["left_out"]:
+            text += f" {meta['left_out']} images in batches under {MIN_BATCH} left out."
+        for i in self._last_layers():
+            own = plus_minus(self.contrast[i], self.contrast_se[i])
+            text += f" {self.models[self.model_of_layer[i]]}: contrast {own}."
+        return text
+
+    def findings(self) -> list[Finding]:
+        """Raghu et al.'s claims of Figures 9 and 10 on the trained models at hand."""
+        last, kinds = self._last_layers(), self.meta["kinds"]
+        by_class = [m for m, kind in enumerate(kinds) if kind == CLASS_TOKEN]
+        found = [self._peaks(m, last[m]) for m in by_class]
+        for m, kind in enumerate(kinds):
+            if kind in (MEAN_OF_TOKENS, CONVOLUTION):
+                source = "Fig. 10" if kind == MEAN_OF_TOKENS else "Fig. 9"
+                found += [self._less_localised(last[m], last[a], source) for a in by_class]
+            if kind == CONVOLUTION and (self.model_of_layer == m).sum() > 2:
+                found.append(self._earlier_unit(m, last[m]))
+        return found
+
+    def _peaks(self, model: int, layer: int) -> Finding:
+        share = self.peak_share[layer], self.peak_share_se[layer]
+        return Finding(
+            f"interior tokens of {self.models[model]} peak at their own patch",
+            "Raghu et al. 2021, Fig. 9",
+            decide(*share, MOST),
+            f"{self.layers[layer]}: share {plus_minus(*share)} (more than {MOST} asked)",
+        )
+
+    def _less_localised(self, less: int, more: int, source: str) -> Finding:
+        # Both saw the same batches; taking the two as independent errs on the wide side.
+        gap = MUCH_LESS * self.contrast[more] - self.contrast[less]
+        error = np.hypot(MUCH_LESS * self.contrast_se[more], self.contrast_se[less])
+        names = [self.models[self.model_of_layer[i]] for i in (less, more)]
+        numbers = [plus_minus(self.contrast[i], self.contrast_se[i]) for i in (less, more)]
+        return Finding(
+            f"the last block of {names[0]} is much less localised than that of {names[1]}",
+            f"Raghu et al. 2021, {source}",
+            decide(float(gap), float(error)),
+            f"contrast {numbers[0]} against {numbers[1]} (less than {MUCH_LESS} of it asked)",
+        )
+
+    def _earlier_unit(self, model: int, last: int) -> Finding:
+        rows = np.flatnonzero(self.model_of_layer == model)
+        middle = rows[len(rows) // 2]
+        gap = float(self.contrast[middle] - self.contrast[last])
+        error = float(np.hypot(self.contrast_se[middle], self.contrast_se[last]))
+        return Finding(
+            f"an earlier unit of {self.models[model]} is more localised than its last",
+            "Raghu et al. 2021, Appendix D",
+            decide(gap, error),
+            f"contrast of {self.layers[middle]} minus that of {self.layers[last]}: "
+            f"{plus_minus(gap, error)}",
+        )
+
+
+RESULT = LocalizationResult
+
+
+def measure(
+    models: Any, images: Any = None, *, layers: str | Sequence[str] = "last", **options: Any
+) -> LocalizationResult:
+    """CKA between every token of a block and every patch of the input.
+
+    Args:
+        models: specs, modules or ``Model``; one or a list.
+        images: see ``open_images``; the bundled digit scenes by default.
+        layers: ``last`` (the last block), ``blocks`` (all of them: contrast against depth), or
+            names with wildcards.
+        options: fields of ``core.running.Options``.
+
+    Raises:
+        VitprobeError: unknown models, images or layers; a layer named that has no grid; fewer than
+            4 images a batch; activations that are not finite.
+    """
+    with session(models, images, Options(**options), at_least=MIN_BATCH) as ready:
+        if ready.options.batch_size < MIN_BATCH:
+            raise VitprobeError(
+                f"CKA needs batches of at least {MIN_BATCH} images, not --batch-size "
+                f"{ready.options.batch_size}."
+            )
+        placed, kinds = placed_layers(ready, layers)
+        grids = [one.places.thinned(MAX_MAP_SIDE) for one in placed]
+        sums = _sums(ready, grids)
+        groups = len(sums["used"])
+
+        def step(batch: Batch) -> None:
+            if len(batch) < MIN_BATCH:
+                sums["left_out"] += len(batch)
+                return
+            for i, found in _hsic(ready, batch, placed, grids):
+                sums[f"hsic{i}"][batch.index % groups] += found
+            sums["used"][batch.index % groups] += 1
+
+        labels = [one.layer.label for one in placed]
+        ready.run(step, sums, decides={"analysis": "localization", "layers": labels})
+        if not sums["used"].sum():
+            raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
+        meta = ready.meta("localization")
+        meta["left_out"] = int(sums["left_out"])
+        meta["n"] -= meta["left_out"]
+        meta["kinds"] = kinds
+        return LocalizationResult(
+            meta,
+            layers=np.array(labels),
+            model_of_layer=np.array([one.model for one in placed]),
+            depth=np.array([one.depth for one in placed]),
+            **_arrays(grids, sums),
+        )
+
+
+def _sums(ready: Session, grids: list[Places]) -> Sums:
+    """One matrix of HSIC sums a layer and group, tokens and patches with themselves at its edge."""
+    sizes = [len(grid) + 1 for grid in grids]
+    affordable = SUM_BYTES // (8 * sum(size**2 for size in sizes))
+    groups = min(MAX_GROUPS, len(ready.batches), max(2, affordable))
+    shapes = {f"hsic{i}": (groups, size, size) for i, size in enumerate(sizes)}
+    return ready.sums(used=(groups,), left_out=(), **shapes)
+
+
+def _hsic(
+    ready: Session, batch: Batch, placed: list[Placed], grids: list[Places]
+) -> list[tuple[int, Tensor]]:
+    """(layer, its HSIC with the input) of every layer; one forward pass a model."""
+    found = []
+    for m, (model, inputs) in enumerate(zip(ready.models, batch.inputs)):
+        mine = [i for i, one in enumerate(placed) if one.model == m]
+
+        def reduce(k: int, tensor: Tensor, mine: list[int] = mine, inputs: Tensor = inputs) -> None:
+            grid = grids[mine[k]]
+            value = place_hsic(grid.spatial(tensor), input_patches(inputs, grid.rows, grid.columns))
+            if not torch.isfinite(value).all():
+                one = placed[mine[k]]
+                raise VitprobeError(
+                    f"The layer {one.layer.label} of {ready.models[one.model].name} is not finite; "
+                    f"it is the first such layer."
+                )
+            found.append((mine[k], value))
+
+        with capture(model.module, [placed[i].layer for i in mine], reduce), ready.autocast():
+            model.module(inputs)
+    return found
+
+
+def _arrays(grids: list[Places], sums: Sums) -> dict[str, np.ndarray]:
+    sides = np.array([(grid.rows, grid.columns) for grid in grids])
+    maps, numbers = [], []
+    for i, (rows, columns) in enumerate(sides.tolist()):
+
+        def statistic(total: Tensor, rows: int = rows, columns: int = columns) -> Tensor:
+            values = place_cka(total)
+            return torch.stack([contrast(values), peak_share(values, rows, columns)])
+
+        numbers.append(np.stack(jackknife(statistic, sums[f"hsic{i}"], sums["used"])))
+        values = place_cka(sums[f"hsic{i}"].sum(0)).cpu().numpy()
+        padded = np.full((rows * columns, *sides.max(0)), np.nan, np.float32)
+        padded[:, :rows, :columns] = values.reshape(-1, rows, columns)
+        maps.append(padded)
+    (contrasts, shares), (contrast_se, share_se) = np.transpose(numbers, (1, 2, 0))
+    return {
+        "cka": np.concatenate(maps),
+        "tokens": np.concatenate([np.indices(side).reshape(2, -1).T for side in sides]),
+        "layer_of_token": np.repeat(np.arange(len(grids)), sides.prod(1)),
+        "grids": sides,
+        "contrast": contrasts,
+        "contrast_se": contrast_se,
+        "peak_share": shares,
+        "peak_share_se": share_se,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.localization``."""
+    parser = cli.parser("localization", __doc__, layers=False)
+    parser.add_argument(
+        "--layers", nargs="+", default=["last"], metavar="L",
+        help="last (default): the last block; blocks: all, with contrast against depth; or names "
+        "with wildcards",
+    )  # fmt: skip
+    return cli.run(
+        parser,
+        argv,
+        "localization",
+        lambda args: measure(
+            args.models, args.images, layers=args.layers, **cli.options(args, "localization")
+        ),
+        DEFAULT_MODELS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
