@@ -26,11 +26,11 @@ from vitprobe.core.tokens import place_of, put
 SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm}
 # Between a softmax and the values, these leave the map what it is.
-_KEEPING = frozenset(
+_KEEPING = (
     "dropout contiguous to type_as float half bfloat16 clone reshape view flatten unflatten "
-    "squeeze unsqueeze".split()
+    "squeeze unsqueeze"
 )
-_TURNING = frozenset("transpose swapaxes permute get".split())
+_TURNING = ("transpose", "swapaxes", "permute", "get")
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Operation:
         map: (..., queries, keys) of a product; None where it has to be recomputed.
         altered: something was done to the map since its softmax.
         mask, causal, scale, grouped: of ``scaled_dot_product_attention``.
+        softmax: the softmax that made the map, among those of the pass.
         length_first: queries and keys are (length, images, features), heads side by side.
     """
 
@@ -52,6 +53,7 @@ class Operation:
     value: Tensor | None = None
     map: Tensor | None = None
     altered: bool = False
+    softmax: int | None = None
     mask: Tensor | None = None
     causal: bool = False
     scale: float = 1.0
@@ -81,6 +83,7 @@ class Operation:
 class _Tag:
     """On a tensor that a softmax made."""
 
+    softmax: int
     turned: bool = False
     altered: bool = False
 
@@ -90,12 +93,15 @@ class AttentionMode(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.softmaxes = 0
         self.running = False
 
     def attend(self, ordinal: int, operation: Operation) -> None:
         """What to do with an operation, the ``ordinal``-th of its pass."""
         raise NotImplementedError
+
+    def note_softmax(self) -> None:
+        """A softmax that may become an attention operation."""
 
     def perform(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The operation itself."""
@@ -103,7 +109,7 @@ class AttentionMode(TorchFunctionMode):
 
     def begin(self, *_: Any) -> None:
         """A pass begins; a forward pre-hook of the model."""
-        self.running, self.count = True, 0
+        self.running, self.count, self.softmaxes = True, 0, 0
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
@@ -112,6 +118,10 @@ class AttentionMode(TorchFunctionMode):
         result = self.perform(function, args, kwargs)
         if not self.running:
             return result
+        if function in SOFTMAXES and _over_keys(args, kwargs, result):
+            result._vitprobe_softmax = _Tag(self.softmaxes)
+            self.softmaxes += 1
+            self.note_softmax()
         for operation in _recognise(function, args, kwargs, result):
             self.count += 1
             self.attend(self.count - 1, operation)
@@ -128,20 +138,21 @@ def _recognise(
         weights = function(*args, **asked)[1]
         if weights.ndim == 4:
             yield Operation(None, args[0], args[1], map=weights, length_first=True)
-    elif function in SOFTMAXES:
-        axis = args[1] if len(args) > 1 else kwargs.get("dim")
-        if result.ndim >= 3 and axis in (-1, result.ndim - 1) and result.shape[-1] > 1:
-            result._vitprobe_softmax = _Tag()
     elif function in PRODUCTS:
         left, right = args[0], args[1]
         if (tag := _tag(left)) and not tag.turned:
-            yield Operation(result, left, right, right, left, tag.altered)
+            yield Operation(result, left, right, right, left, tag.altered, tag.softmax)
         elif (tag := _tag(right)) and tag.turned:
             # values · mapᵀ: the same product, written the other way round.
             map_, value = _turned(right), _turned(left)
-            yield Operation(result.mT, map_, value, value, map_, tag.altered)
+            yield Operation(result.mT, map_, value, value, map_, tag.altered, tag.softmax)
     else:
         _carry_tag(function, args, result)
+
+
+def _over_keys(args: tuple, kwargs: dict[str, Any], result: Tensor) -> bool:
+    axis = args[1] if len(args) > 1 else kwargs.get("dim")
+    return result.ndim >= 3 and axis in (-1, result.ndim - 1) and result.shape[-1] > 1
 
 
 def _fused(
@@ -178,12 +189,12 @@ def _carry_tag(function: Any, args: tuple, result: Any) -> None:
         if here == there and same_end:
             result._vitprobe_softmax = tag  # type: ignore[attr-defined]
         elif here == there[::-1] and result.shape[-2:] == source.shape[-2:][::-1]:
-            result._vitprobe_softmax = _Tag(not tag.turned, tag.altered)  # type: ignore[attr-defined]
-    elif name in _KEEPING:
+            result._vitprobe_softmax = _Tag(tag.softmax, not tag.turned, tag.altered)  # type: ignore[attr-defined]
+    elif name in _KEEPING.split():
         if same_end:
             result._vitprobe_softmax = tag  # type: ignore[attr-defined]
     elif result.shape == source.shape:
-        result._vitprobe_softmax = _Tag(tag.turned, True)  # type: ignore[attr-defined]
+        result._vitprobe_softmax = _Tag(tag.softmax, tag.turned, True)  # type: ignore[attr-defined]
 
 
 def joined(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -210,11 +210,8 @@ class Session:
 
     def meta(self, analysis: str) -> dict[str, Any]:
         """The provenance that goes into a result file."""
-        import timm
-
         return {
-            "analysis": analysis,
-            "models": [model.provenance() for model in self.models],
+            **models_meta(analysis, self.models, self.options.seed),
             "images": {
                 "source": self.images.source,
                 "sha256": self.images.digest,
@@ -223,16 +220,7 @@ class Session:
             "n": len(self.images) - len(self.broken),
             "batch_size": self.options.batch_size,
             "precision": self.options.precision,
-            "seed": self.options.seed,
             "device": self.device.type,
-            "versions": {
-                "vitprobe": __version__,
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-            "command": _command(),
         }
 
     def _load(self, todo: list[int]) -> Iterator[tuple[Batch, list[tuple[int, str]]]]:
@@ -274,6 +262,25 @@ class Session:
                 f"(the last: {self.images.name(position)}), more than "
                 f"{BROKEN_FRACTION_ALLOWED:.0%}."
             )
+
+
+def models_meta(analysis: str, models: list[Model], seed: int) -> dict[str, Any]:
+    """The provenance of a result on weights alone; with images, see ``Session.meta``."""
+    import timm
+
+    return {
+        "analysis": analysis,
+        "models": [model.provenance() for model in models],
+        "seed": seed,
+        "versions": {
+            "vitprobe": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "command": _command(),
+    }
 
 
 @contextmanager

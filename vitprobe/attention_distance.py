@@ -1,0 +1,358 @@
+"""Mean attention distance of every head, in input pixels.
+
+Raghu et al. 2021 (arXiv 2108.08810), Figures 3 and 4; Dosovitskiy et al. 2021 (arXiv 2010.11929),
+Figure 7 right and Figure 11.
+
+The quantity: mean over images and queries of Σ_k A[q, k] · ‖r_q − r_k‖₂, A the attention
+probabilities, r the place of a token in the picture: the middle of what it was made from, through
+strides, pooling, windows and their shifts.
+
+Choices made: tokens that stand nowhere (class tokens, registers, padding) are neither queries nor
+keys, and by default the rest of a row is not brought back to sum 1, as in the papers' code, so that
+attention to a class token counts as no distance; ``--renormalise`` does. The line "uniform" is what
+equal attention to all patches gives that a query can see. Standard errors over images.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitprobe.core import cli, drawing
+from vitprobe.core.attention import AttentionLayer, AttentionMap, map_attention, observe
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.moments import add_moments, mean_and_error, moment_shapes
+from vitprobe.core.results import Finding, Result, combine, decide, plus_minus
+from vitprobe.core.running import Batch, Options, Session, session
+
+# The papers say "local", "global" and "mostly global"; fractions of uniform attention are ours.
+LOCAL, GLOBAL = 0.5, 0.75
+# A probability below this is one of a pair that the model masks out.
+MASKED = 1e-30
+
+
+def uniform_distance(distances: np.ndarray, allowed: np.ndarray | None = None) -> float:
+    """Mean distance under equal attention to all patches.
+
+    Args:
+        distances: (groups, queries, keys) in pixels; NaN where either stands nowhere.
+        allowed: (groups, queries, keys) which pairs are not masked out; all by default.
+    """
+    seen = np.isfinite(distances)
+    if allowed is not None:
+        seen &= allowed
+    count = seen.sum(-1)
+    total = np.where(seen, distances, 0).sum(-1)
+    return float((total[count > 0] / count[count > 0]).mean())
+
+
+@dataclass(frozen=True)
+class AttentionDistanceResult(Result):
+    """Attention distance of all heads.
+
+    Attributes:
+        distance_px: (layers, heads) mean distance in input pixels; NaN where a layer has fewer
+            heads.
+        distance_se: (layers, heads) standard error over images.
+        uniform_px: (layers,) what equal attention to all patches in reach gives.
+        layers: (layers,) names of the attention modules.
+        model_of_layer: (layers,) index into ``meta["models"]``.
+    """
+
+    distance_px: np.ndarray
+    distance_se: np.ndarray
+    uniform_px: np.ndarray
+    layers: np.ndarray
+    model_of_layer: np.ndarray
+
+    analysis: ClassVar[str] = "attention_distance"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def of(self, model: int) -> np.ndarray:
+        """Rows of a model."""
+        return np.flatnonzero(self.model_of_layer == model)
+
+    def plot(self, ax: Any = None) -> Any:
+        """For each model sorted heads, and all heads against depth; on ``ax``, the latter."""
+        with drawing.style():
+            if ax is not None:
+                for model in range(len(self.models)):
+                    self._depth_panel(ax, model, drawing.COLOURS[model % len(drawing.COLOURS)])
+                ax.legend()
+                return ax
+            count = len(self.models)
+            figure = drawing.new_figure(9, 3.1 * count + 0.5)
+            axes = figure.subplots(count, 2, squeeze=False, width_ratios=[1, 1.4])
+            for model, (left, right) in enumerate(axes):
+                self._sorted_panel(left, model)
+                self._depth_panel(right, model, drawing.COLOURS[0])
+                right.legend()
+                shown = self.distance_px[self.of(model)]
+                top = 1.08 * max(np.nanmax(shown), self.uniform_px[self.of(model)].max())
+                for one in (left, right):
+                    one.set_ylim(0, top)
+            drawing.caption(figure, self._caption(), width=150)
+            return figure
+
+    def _sorted_panel(self, ax: Any, model: int) -> None:
+        """The two lowest and two highest blocks, their heads in order of distance."""
+        rows = self.of(model)
+        chosen = list(dict.fromkeys([*rows[:2], *rows[-2:]]))
+        colours = [drawing.COLOURS[0], drawing.COLOURS[5], drawing.COLOURS[4], drawing.COLOURS[1]]
+        for row, colour in zip(chosen, colours[:2] + colours[4 - len(chosen) + 2 :]):
+            found = np.isfinite(self.distance_px[row])
+            values, errors = self.distance_px[row][found], self.distance_se[row][found]
+            order = np.argsort(values)
+            ax.errorbar(
+                np.arange(1, len(values) + 1), values[order], errors[order], color=colour,
+                marker="o", markersize=3, linewidth=1.2, label=drawing.short(str(self.layers[row])),
+            )  # fmt: skip
+        ax.xaxis.set_major_locator(drawing.MaxNLocator(integer=True))
+        ax.set_xlabel("head, in order of distance")
+        ax.set_ylabel("mean attention distance (px)")
+        ax.set_title(self.models[model])
+        ax.legend()
+
+    def _depth_panel(self, ax: Any, model: int, colour: str) -> None:
+        rows = self.of(model)
+        depth = np.broadcast_to(np.arange(len(rows))[:, None], self.distance_px[rows].shape)
+        ax.errorbar(
+            depth.ravel(), self.distance_px[rows].ravel(), self.distance_se[rows].ravel(),
+            color=colour, linestyle="", marker="o", markersize=3, alpha=0.7, elinewidth=1,
+            label=f"{self.models[model]}, heads",
+        )  # fmt: skip
+        ax.plot(
+            np.arange(len(rows)), self.uniform_px[rows], color=colour, linestyle="--", linewidth=1,
+            label="uniform attention",
+        )  # fmt: skip
+        drawing.layer_axis(ax.xaxis, [str(name) for name in self.layers[rows]], "attention layer")
+        ax.set_ylabel("mean attention distance (px)")
+
+    def _caption(self) -> str:
+        text = drawing.provenance_line(self.meta)
+        text += (
+            " Rows of attention brought back to sum 1 over patches."
+            if self.meta["renormalise"]
+            else " Rows of attention not renormalised: attention to class tokens is no distance."
+        )
+        text += " Bars: one standard error over images."
+        for name, left_out in zip(self.models, self.meta["left_out"]):
+            if left_out:
+                label, why = next(iter(left_out.items()))
+                others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+                text += f" Without {label}{others} of {name}: {why}."
+        return text
+
+    def findings(self) -> list[Finding]:
+        """The claims of Raghu et al.'s Figure 3 for every model with global attention."""
+        found = []
+        for model, name in enumerate(self.models):
+            rows = self.of(model)
+            if not self.meta["global"][model] or len(rows) < 4:
+                continue
+            share = self.distance_px[rows] / self.uniform_px[rows][:, None]
+            error = self.distance_se[rows] / self.uniform_px[rows][:, None]
+            nearest, widest = _pick(share[:2], error[:2], 0), _pick(share[:2], error[:2], -1)
+            middle = _pick(share[-2:], error[-2:], None)
+            found.append(
+                Finding(
+                    f"the lowest blocks of {name} hold both local and global heads",
+                    "Raghu et al. 2021, Fig. 3",
+                    combine(
+                        [decide(-nearest[0], nearest[1], -LOCAL), decide(*widest, GLOBAL)]
+                    ),
+                    f"distance over that of uniform attention: most local head "
+                    f"{plus_minus(*nearest)} (less than {LOCAL} asked), most global head "
+                    f"{plus_minus(*widest)} (more than {GLOBAL} asked)",
+                )
+            )  # fmt: skip
+            found.append(
+                Finding(
+                    f"the highest blocks of {name} attend mostly globally",
+                    "Raghu et al. 2021, Fig. 3",
+                    decide(*middle, GLOBAL),
+                    f"distance over that of uniform attention, median head "
+                    f"{plus_minus(*middle)} (more than {GLOBAL} asked)",
+                )
+            )
+        return found
+
+
+def _pick(share: np.ndarray, error: np.ndarray, rank: int | None) -> tuple[float, float]:
+    """The head of a rank among several layers' heads, the median one for None."""
+    order = np.argsort(share.ravel())[: np.isfinite(share).sum()]
+    at = order[len(order) // 2 if rank is None else rank]
+    return float(share.ravel()[at]), float(error.ravel()[at])
+
+
+RESULT = AttentionDistanceResult
+
+
+def measure(
+    models: Any, images: Any = None, *, renormalise: bool = False, **options: Any
+) -> AttentionDistanceResult:
+    """Mean attention distance of every head of one model or several.
+
+    Args:
+        models: specs (``vit_b16``, ``NAME@random``, ``NAME@FILE``), modules or ``Model``; one or a
+            list.
+        images: see ``open_images``; the bundled digit scenes by default.
+        renormalise: divide each query's attention by what it gives to patches.
+        options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
+
+    Raises:
+        VitprobeError: a model without attention between places of the picture, or one whose tokens
+            cannot be placed; unknown models or images; attention that is not finite.
+    """
+    with session(models, images, Options(**options)) as ready:
+        maps, uniform = _map(ready)
+        tables = [_tables(found.layers, ready.device) for found in maps]
+        start = np.cumsum([0, *(len(found.layers) for found in maps)])
+        heads = max(layer.heads for found in maps for layer in found.layers)
+        sums = ready.sums(**moment_shapes(distance=(int(start[-1]), heads)))
+        labels = [layer.label for found in maps for layer in found.layers]
+
+        def step(batch: Batch) -> None:
+            for model, found, table, first, inputs in zip(
+                ready.models, maps, tables, start, batch.inputs
+            ):
+                values = torch.full(
+                    (len(batch), len(found.layers), heads), torch.nan, device=ready.device
+                )
+
+                def reduce(
+                    i: int, block: Tensor, images: slice, queries: slice,
+                    table: list[_Table] = table, values: Tensor = values,
+                ) -> None:  # fmt: skip
+                    new = table[i].distance(block, queries, renormalise)
+                    place = values[images, i, : block.shape[2]]
+                    place.copy_(new if queries.start == 0 else place + new)
+
+                with observe(model.module, found, reduce), ready.autocast():
+                    model.module(inputs)
+                _check_finite(values, found)
+                rows = slice(int(first), int(first) + len(found.layers))
+                values = values.to(sums["distance"].device, torch.float64)
+                add_moments(sums, "distance", (rows,), values)
+
+        decides = {"analysis": "attention_distance", "layers": labels, "renormalise": renormalise}
+        ready.run(step, sums, decides=decides)
+        value, error = mean_and_error(sums, "distance")
+        meta = ready.meta("attention_distance")
+        meta["renormalise"] = renormalise
+        meta["left_out"] = [found.left_out for found in maps]
+        meta["global"] = [all(la.rows.shape[0] == 1 for la in found.layers) for found in maps]
+        owner = np.repeat(np.arange(len(maps)), np.diff(start))
+    return AttentionDistanceResult(meta, value, error, uniform, np.array(labels), owner)
+
+
+def _map(ready: Session) -> tuple[list[AttentionMap], np.ndarray]:
+    """Attention layers of all models, and the uniform distance of each layer."""
+    maps, uniform = [], []
+    for model, example in zip(ready.models, ready.example()):
+        with ready.autocast():
+            found = map_attention(model.name, model.module, example)
+        found.require("attention distance")
+        allowed = [
+            np.zeros((len(layer.rows), layer.queries.shape[1], layer.keys.shape[1]), dtype=bool)
+            for layer in found.layers
+        ]
+
+        def reduce(
+            i: int, block: Tensor, images: slice, queries: slice, allowed: list = allowed
+        ) -> None:
+            allowed[i][:, queries] = (block[0] > MASKED).any(1).cpu().numpy()
+
+        # What a query can see shows in any image's attention: a masked pair has none.
+        with observe(model.module, found, reduce), ready.autocast(), torch.inference_mode():
+            model.module(example[:1])
+        uniform += [
+            uniform_distance(la.distances(), seen) for la, seen in zip(found.layers, allowed)
+        ]
+        maps.append(found)
+    return maps, np.array(uniform)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What a layer's probabilities are weighted with.
+
+    Attributes:
+        pixels: (groups, queries, keys) distances; 0 where either stands nowhere.
+        placed: (groups, 1, keys, 1) 1 where a key stands in the picture.
+        count: how many queries of all groups do.
+    """
+
+    pixels: Tensor
+    placed: Tensor
+    count: int
+
+    def distance(self, block: Tensor, queries: slice, renormalise: bool) -> Tensor:
+        """These queries' part of the mean distance: (images, heads)."""
+        pixels = self.pixels[:, queries].to(block.dtype)
+        if renormalise:
+            rows = (block * pixels[:, None]).sum(-1)
+            mass = (block @ self.placed.to(block.dtype))[..., 0]
+            total = (rows / mass).where(mass > 0, 0).sum((1, 3))
+        elif len(pixels) == 1:
+            total = (block.flatten(-2) @ pixels.flatten())[:, 0]
+        else:
+            total = (block * pixels[:, None]).sum((1, 3, 4))
+        return total / self.count
+
+
+def _tables(layers: list[AttentionLayer], device: torch.device) -> list[_Table]:
+    """One table a layer; layers whose tokens stand alike share it."""
+    made: dict[tuple[bytes, bytes], _Table] = {}
+    tables = []
+    for layer in layers:
+        key = layer.queries.tobytes(), layer.keys.tobytes()
+        if key not in made:
+            pixels = torch.from_numpy(layer.distances()).nan_to_num(0).float().to(device)
+            placed = torch.from_numpy(np.isfinite(layer.keys[..., 0])).float().to(device)
+            count = int(np.isfinite(layer.queries[..., 0]).sum())
+            made[key] = _Table(pixels, placed[:, None, :, None], count)
+        tables.append(made[key])
+    return tables
+
+
+def _check_finite(values: Tensor, found: AttentionMap) -> None:
+    for i, layer in enumerate(found.layers):
+        if not torch.isfinite(values[:, i, : layer.heads]).all():
+            raise VitprobeError(
+                f"The attention of {layer.label} of {found.model} is not finite; it is the first "
+                f"such layer."
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.attention_distance``."""
+    parser = cli.parser("attention_distance", __doc__, layers=False)
+    parser.add_argument(
+        "--renormalise", action="store_true",
+        help="divide each query's attention by what it gives to patches",
+    )  # fmt: skip
+    return cli.run(
+        parser,
+        argv,
+        "attention_distance",
+        lambda args: measure(
+            args.models, args.images, renormalise=args.renormalise,
+            **cli.options(args, "attention_distance"),
+        ),
+        default_models=("vit_small_box",),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

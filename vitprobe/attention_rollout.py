@@ -1,0 +1,259 @@
+"""Attention rollout: which patches reach the class token through all layers.
+
+Dosovitskiy et al. 2021 (arXiv 2010.11929), Figures 6 and 14; Abnar and Zuidema 2020
+(arXiv 2005.00928).
+
+The quantity: Â_l = A_l averaged over heads, plus the identity, rows brought to sum 1;
+R_l = Â_l R_{l−1}; the class token's row of the last R over the patches, a share of attention
+without unit (what stays on class and register tokens is missing from its sum of 1).
+
+Choices made: without a class token, the mean of all rows. Four pictures at most unless
+``--num-images`` says so; by default the two photographs that scikit-learn installs, and digit
+scenes for models that take less than 64 px. In the figure each map fills [0, 1] by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitprobe.core import cli, drawing
+from vitprobe.core.attention import AttentionMap, map_attention, observe
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.images import Images, open_images
+from vitprobe.core.models import Model, load_models
+from vitprobe.core.results import Result
+from vitprobe.core.running import Batch, Options, session
+
+PICTURES, PHOTOGRAPH_SIDE = 4, 64
+
+
+class Rollout:
+    """Multiplies the layers of a pass together as they come.
+
+    Args:
+        n: images.
+        tokens: of every layer.
+        like: a tensor of the device to work on.
+    """
+
+    def __init__(self, n: int, tokens: int, like: Tensor) -> None:
+        self.identity = torch.eye(tokens, device=like.device)
+        self.rollout = self.identity.expand(n, tokens, tokens)
+        self._mean = torch.empty(n, tokens, tokens, device=like.device)
+
+    def update(self, i: int, block: Tensor, images: slice, queries: slice) -> None:
+        """Take in a block of attention; see ``core.attention.Reduce``."""
+        self._mean[images, queries] = block[:, 0].mean(1).float()
+        n, tokens, _ = self._mean.shape
+        if images.stop == n and queries.stop == tokens:
+            joint = self._mean + self.identity
+            self.rollout = (joint / joint.sum(-1, keepdim=True)) @ self.rollout
+
+
+@dataclass(frozen=True)
+class AttentionRolloutResult(Result):
+    """Rollouts of some pictures through some models.
+
+    Attributes:
+        rollout: (maps, rows, columns) share of the attention; padded with NaN.
+        pictures: (maps, height, width, 3) uint8, as the model saw them; padded with 0.
+        model_of_map: (maps,) index into ``meta["models"]``.
+    """
+
+    rollout: np.ndarray
+    pictures: np.ndarray
+    model_of_map: np.ndarray
+
+    analysis: ClassVar[str] = "attention_rollout"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(picture, map) of one map, without padding."""
+        about = self.meta["maps"][self.model_of_map[index]]
+        (height, width), (rows, columns) = about["size"], about["grid"]
+        return self.pictures[index, :height, :width], self.rollout[index, :rows, :columns]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Picture, map and overlay of each map; on ``ax``, the overlay of the first."""
+        with drawing.style():
+            if ax is not None:
+                self._overlay(ax, 0)
+                return ax
+            count = len(self.rollout)
+            across = 2 if count > 1 else 1
+            figure = drawing.new_figure(5.4 * across, 1.95 * -(-count // across) + 0.5)
+            axes = figure.subplots(-(-count // across), 3 * across, squeeze=False)
+            for one in axes.ravel():
+                one.set_axis_off()
+            for index, trio in enumerate(axes.reshape(-1, 3)[:count]):
+                picture, shown = self.of(index)
+                trio[0].imshow(picture)
+                trio[1].imshow(shown, cmap=drawing.SEQUENTIAL, interpolation="nearest")
+                self._overlay(trio[2], index)
+                trio[1].set_title(drawing.short(self.models[self.model_of_map[index]]), fontsize=7)
+            text = drawing.provenance_line(self.meta)
+            text += " Picture, rollout to the class token (the mean of all tokens where there is"
+            text += " none), and the picture lit by it; each map scaled to [0, 1] by itself."
+            drawing.caption(figure, text, width=75 * across)
+            return figure
+
+    def _overlay(self, ax: Any, index: int) -> None:
+        picture, shown = self.of(index)
+        light = torch.from_numpy((shown - shown.min()) / (np.ptp(shown) or 1.0))
+        light = torch.nn.functional.interpolate(
+            light[None, None], size=picture.shape[:2], mode="bilinear"
+        )[0, 0].numpy()
+        ax.imshow((picture * light[..., None]).round().astype(np.uint8))
+        ax.set_axis_off()
+
+
+RESULT = AttentionRolloutResult
+
+
+def measure(models: Any, images: Any = None, **options: Any) -> AttentionRolloutResult:
+    """Attention rollouts of a few pictures through one model or several.
+
+    Args:
+        models: specs (``vit_b16``, ``NAME@random``, ``NAME@FILE``), modules or ``Model``; one or a
+            list.
+        images: see ``open_images``; scikit-learn's photographs or digit scenes by default.
+        options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
+
+    Raises:
+        VitprobeError: a model whose layers do not all attend among the same tokens (windows,
+            pooling, no attention); unknown models or images.
+    """
+    count = options.pop("num_images", None)
+    asked = Options(**options)
+    loaded = load_models(models, asked.image_size, asked.seed)
+    with session(loaded, _pictures(loaded, images, count, asked.seed), asked) as ready:
+        maps = [
+            _one_set_of_tokens(map_attention(model.name, model.module, example))
+            for model, example in zip(ready.models, ready.example())
+        ]
+        about = [
+            {"grid": list(_grid(found)), "size": list(example.shape[2:])}
+            for found, example in zip(maps, ready.example())
+        ]
+        n, count = len(ready.images), len(maps)
+        high, wide = np.max([one["grid"] for one in about], axis=0).tolist()
+        height, width = np.max([one["size"] for one in about], axis=0).tolist()
+        sums = ready.sums(
+            rollout=(count, n, high, wide), pictures=(count, n, 3, height, width), seen=(n,)
+        )
+
+        def step(batch: Batch) -> None:
+            positions = torch.from_numpy(batch.positions).to(sums["rollout"].device)
+            sums["seen"][positions] += 1
+            for m, (model, found, inputs) in enumerate(zip(ready.models, maps, batch.inputs)):
+                work = Rollout(len(batch), found.layers[0].queries.shape[1], inputs)
+                with observe(model.module, found, work.update), ready.autocast():
+                    model.module(inputs)
+                rows, columns = about[m]["grid"]
+                shown = class_row(work.rollout, found).unflatten(1, (rows, columns))
+                sums["rollout"][m, positions, :rows, :columns] += shown.to(sums["rollout"])
+                picture = _visible(model, inputs)
+                tall, broad = picture.shape[2:]
+                sums["pictures"][m, positions, :, :tall, :broad] += picture.to(sums["pictures"])
+
+        ready.run(step, sums, decides={"analysis": "attention_rollout"})
+        meta = ready.meta("attention_rollout")
+        meta["maps"] = about
+        kept = sums["seen"].cpu().numpy() > 0
+        rollout = sums["rollout"].cpu().numpy()[:, kept]
+        pictures = sums["pictures"].cpu().numpy()[:, kept].transpose(0, 1, 3, 4, 2)
+    for one, (rows, columns) in zip(rollout, (each["grid"] for each in about)):
+        one[:, rows:], one[:, :, columns:] = np.nan, np.nan
+    return AttentionRolloutResult(
+        meta,
+        rollout.reshape(-1, high, wide),
+        (255 * pictures).round().astype(np.uint8).reshape(-1, height, width, 3),
+        np.repeat(np.arange(count), kept.sum()),
+    )
+
+
+def class_row(rollout: Tensor, found: AttentionMap) -> Tensor:
+    """(images, patches): the first token's row if that is no patch, or else the mean of rows."""
+    patches = torch.from_numpy(np.isfinite(found.layers[0].queries[0, :, 0])).to(rollout.device)
+    rows = rollout.mean(1) if patches.all() else rollout[:, int((~patches).nonzero()[0])]
+    return rows[:, patches]
+
+
+def _one_set_of_tokens(found: AttentionMap) -> AttentionMap:
+    found.require("attention rollout")
+    first = found.layers[0]
+    for layer in found.layers:
+        for side in (layer.queries, layer.keys):
+            if len(side) > 1 or not np.array_equal(side, first.queries, equal_nan=True):
+                raise VitprobeError(
+                    f"{found.model} has no attention rollout: {layer.label} attends within windows "
+                    f"or among other tokens than {first.label}."
+                )
+    return found
+
+
+def _grid(found: AttentionMap) -> tuple[int, int]:
+    """Rows and columns of the patches, which lie row by row."""
+    places = found.layers[0].queries[0]
+    places = places[np.isfinite(places[:, 0])]
+    columns, rows = (len(np.unique(places[:, axis])) for axis in (0, 1))
+    order = np.lexsort((places[:, 0], places[:, 1]))
+    if rows * columns != len(places) or not np.array_equal(order, np.arange(len(places))):
+        raise VitprobeError(f"{found.model} has no attention rollout: its patches form no grid.")
+    return rows, columns
+
+
+def _pictures(models: list[Model], images: Any, count: int | None, seed: int) -> Images:
+    if images is None and all(m.input_size and m.input_size[1] >= PHOTOGRAPH_SIDE for m in models):
+        from sklearn.datasets import load_sample_images
+
+        photographs = np.stack(load_sample_images().images)
+        opened = open_images(photographs, count, seed)
+        return Images(
+            "scikit-learn's photographs", opened.items, opened.order, opened.digest
+        )  # fmt: skip
+    opened = open_images(images, count or (PICTURES if images is None else None), seed)
+    if count is None and len(opened) > PICTURES:
+        opened = opened.choose(np.arange(PICTURES))
+    return opened
+
+
+def _visible(model: Model, inputs: Tensor) -> Tensor:
+    """What the model saw, in [0, 1]: normalisation undone, or else scaled to fill it."""
+    inputs = inputs.float()
+    for part in reversed(getattr(model.transform, "transforms", [])):
+        if hasattr(part, "mean") and hasattr(part, "std"):
+            mean, std = (
+                torch.as_tensor(v).reshape(-1, 1, 1).to(inputs) for v in (part.mean, part.std)
+            )
+            return (inputs * std + mean).clamp(0, 1)
+    low, high = (getattr(inputs, name)((1, 2, 3), keepdim=True) for name in ("amin", "amax"))
+    shown = (inputs - low) / (high - low).clamp_min(1e-12)
+    return shown if shown.shape[1] == 3 else shown.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.attention_rollout``."""
+    parser = cli.parser("attention_rollout", __doc__, layers=False)
+    return cli.run(
+        parser,
+        argv,
+        "attention_rollout",
+        lambda args: measure(args.models, args.images, **cli.options(args, "attention_rollout")),
+        default_models=("vit_small_box",),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

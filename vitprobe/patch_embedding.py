@@ -1,0 +1,227 @@
+"""Principal components of the filters that embed patches, or of a CNN's stem, as colour tiles.
+
+Dosovitskiy et al. 2021 (arXiv 2010.11929), Figure 7 left.
+
+The quantity: the first 28 principal components of the filters (rows: filters; columns: their
+weights), and the share of the filters' variance that each explains.
+
+Choices made: filters are centred, as scikit-learn's PCA does; a component's sign is that which
+makes its largest weight positive; in the figure each tile fills [0, 1] by itself. Fewer filters
+than 28 have fewer components: the rest is NaN. Nothing is sampled, so nothing has a standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from vitprobe.core import cli, drawing
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.models import Model, load_models
+from vitprobe.core.results import Finding, Result, decide
+from vitprobe.core.running import models_meta
+
+COMPONENTS, ROWS, COLUMNS = 28, 4, 7
+# White noise has a smoothness of 0 and a picture nearly 1; "smooth" is ours.
+SMOOTH = 0.5
+LEADING = 4
+
+
+def principal_components(filters: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Components of the rows of a matrix, and the share of the variance that each explains.
+
+    Args:
+        filters: (filters, weights).
+        count: how many components; those that do not exist are NaN.
+
+    Returns:
+        (count, weights) of length 1, and (count,).
+    """
+    centred = filters.astype(np.float64) - filters.mean(0, dtype=np.float64)
+    _, singular, rows = np.linalg.svd(centred, full_matrices=False)
+    # Centring takes one dimension away: the last component of a full set is rounding.
+    kept = min(count, len(filters) - 1, filters.shape[1])
+    signs = np.sign(rows[np.arange(len(rows)), np.abs(rows).argmax(1)])
+    components = np.full((count, filters.shape[1]), np.nan)
+    ratio = np.full(count, np.nan)
+    components[:kept] = (rows * signs[:, None])[:kept]
+    ratio[:kept] = (singular**2 / (singular**2).sum())[:kept]
+    return components, ratio
+
+
+def smoothness(tile: np.ndarray) -> float:
+    """Correlation of neighbouring weights of a tile (height, width, channels), within channels."""
+    centred = tile - tile.mean((0, 1))
+    power = (centred**2).mean()
+    beside = (centred[:, 1:] * centred[:, :-1]).mean() + (centred[1:] * centred[:-1]).mean()
+    return float(beside / (2 * power)) if power > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class PatchEmbeddingResult(Result):
+    """Principal components of patch-embedding filters.
+
+    Attributes:
+        components: (28, height, width, 3) components as they are, for one model; several models'
+            follow each other, all padded with NaN to the largest filter.
+        explained_variance_ratio: (28,) share of the variance, in the same order.
+        model_of_component: (28,) index into ``meta["models"]``.
+    """
+
+    components: np.ndarray
+    explained_variance_ratio: np.ndarray
+    model_of_component: np.ndarray
+
+    analysis: ClassVar[str] = "patch_embedding"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def of(self, model: int) -> np.ndarray:
+        """(components, height, width, channels) of a model, without padding."""
+        tiles = self.components[self.model_of_component == model]
+        height, width = self.meta["stems"][model]["size"]
+        tiles = tiles[:, :height, :width]
+        return tiles[np.isfinite(tiles).all((1, 2, 3))]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Four by seven tiles for each model, from the first component on; on ``ax``, the first."""
+        with drawing.style():
+            if ax is not None:
+                self._tiles(ax, 0)
+                return ax
+            count = len(self.models)
+            figure = drawing.new_figure(4.4 * min(2, count), 3.1 * -(-count // 2) + 0.4)
+            axes = figure.subplots(-(-count // 2), min(2, count), squeeze=False).ravel()
+            for model, one in enumerate(axes):
+                if model < count:
+                    self._tiles(one, model)
+                else:
+                    one.set_axis_off()
+            text = drawing.provenance_line(self.meta)
+            text += " Principal components row by row, each tile scaled to [0, 1] by itself."
+            drawing.caption(figure, text, width=60 * min(2, count))
+            return figure
+
+    def _tiles(self, ax: Any, model: int) -> None:
+        tiles = self.of(model)
+        height, width, channels = tiles.shape[1:]
+        canvas = np.ones((ROWS, height + 1, COLUMNS, width + 1, 3))
+        for i, tile in enumerate(tiles):
+            low, high = tile.min(), tile.max()
+            shown = (tile - low) / (high - low) if high > low else np.full_like(tile, 0.5)
+            # Filters of other than three channels are shown by the mean over them.
+            shown = shown if channels == 3 else shown.mean(-1, keepdims=True)
+            canvas[i // COLUMNS, :height, i % COLUMNS, :width] = shown
+        flat = canvas.reshape(ROWS * (height + 1), COLUMNS * (width + 1), 3)[:-1, :-1]
+        ax.imshow(flat, interpolation="nearest")
+        ax.set_axis_off()
+        share = np.nansum(self.explained_variance_ratio[self.model_of_component == model])
+        ax.set_title(f"{self.models[model]}\n{len(tiles)} components, {share:.0%} of the variance")
+
+    def findings(self) -> list[Finding]:
+        """Dosovitskiy et al.'s claim on the leading components; an untrained stem has noise."""
+        found = []
+        for model, about in enumerate(self.meta["models"]):
+            tiles = self.of(model)[:LEADING]
+            if not len(tiles) or min(tiles.shape[1:3]) < 2:
+                continue
+            value = float(np.mean([smoothness(tile) for tile in tiles]))
+            numbers = (
+                f"correlation of neighbouring weights, mean of the first {len(tiles)} components: "
+                f"{value:.3f} (0 for white noise, {SMOOTH} asked)"
+            )
+            name, source = about["name"], "Dosovitskiy et al. 2021, Fig. 7 left"
+            if about["weights"].startswith("random"):
+                claim = f"leading components of the untrained stem of {name} are not smooth"
+                found.append(Finding(claim, source, decide(-value, 0.0, -SMOOTH), numbers))
+            else:
+                claim = f"leading components of the stem of {name} are smooth"
+                found.append(Finding(claim, source, decide(value, 0.0, SMOOTH), numbers))
+        return found
+
+
+RESULT = PatchEmbeddingResult
+
+
+def measure(models: Any, *, image_size: int | None = None, seed: int = 0) -> PatchEmbeddingResult:
+    """Principal components of the stem filters of one model or several.
+
+    Args:
+        models: specs (``vit_b16``, ``NAME@random``, ``NAME@FILE``), modules or ``Model``; one or a
+            list.
+        image_size: side in pixels for models that allow another one than their own.
+        seed: of untrained weights.
+
+    Raises:
+        VitprobeError: a model without a filter that looks at pixels.
+    """
+    loaded = load_models(models, image_size, seed)
+    meta = models_meta("patch_embedding", loaded, seed)
+    meta["stems"], tiles, ratios = [], [], []
+    for model in loaded:
+        name, filters = stem_filters(model)
+        weights = filters.detach().float().cpu().numpy()
+        if not np.isfinite(weights).all():
+            raise VitprobeError(f"The filters {name} of {model.name} are not finite.")
+        components, ratio = principal_components(weights.reshape(len(weights), -1), COMPONENTS)
+        tiles.append(components.reshape(COMPONENTS, *weights.shape[1:]))
+        ratios.append(ratio)
+        meta["stems"].append({"layer": name, "size": list(weights.shape[1:3])})
+    sizes = np.max([tile.shape for tile in tiles], axis=0)
+    tiles = [
+        np.pad(t, [(0, s - h) for s, h in zip(sizes, t.shape)], constant_values=np.nan)
+        for t in tiles
+    ]
+    owner = np.repeat(np.arange(len(loaded)), COMPONENTS)
+    return PatchEmbeddingResult(meta, np.concatenate(tiles), np.concatenate(ratios), owner)
+
+
+def stem_filters(model: Model) -> tuple[str, Tensor]:
+    """The first layer that looks at pixels: its name and filters (filters, height, width, 3)."""
+    for name, module in _stems(model.module):
+        weight = module.weight
+        if isinstance(module, nn.Conv2d) and weight.shape[1] in (1, 3):
+            return name, weight.permute(0, 2, 3, 1)
+        # A linear embedding of flattened patches: (filters, height · width · 3).
+        side = round((weight[0].numel() / 3) ** 0.5)
+        if isinstance(module, nn.Linear) and 3 * side**2 == weight.shape[1]:
+            return name, weight.unflatten(1, (side, side, 3))
+    raise VitprobeError(f"{model.name} has no layer of filters that look at pixels.")
+
+
+def _stems(module: nn.Module) -> list[tuple[str, Any]]:
+    """timm's word for the first convolution, and then every convolution and embedding in order."""
+    modules = dict(module.named_modules())
+    said = getattr(module, "pretrained_cfg", None) or {}
+    first = said.get("first_conv") or ()
+    names = [first] if isinstance(first, str) else list(first)
+    found = [(name, modules[name]) for name in names if name in modules]
+    found += [(name, part) for name, part in modules.items() if isinstance(part, nn.Conv2d)]
+    return found + [
+        (name, part)
+        for name, part in modules.items()
+        if isinstance(part, nn.Linear) and "embed" in name
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.patch_embedding``."""
+    parser = cli.parser("patch_embedding", __doc__, images=False, layers=False)
+    return cli.run(
+        parser,
+        argv,
+        "patch_embedding",
+        lambda args: measure(args.models, image_size=args.image_size, seed=args.seed),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

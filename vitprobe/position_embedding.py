@@ -1,0 +1,335 @@
+"""Position embeddings: how alike those of any two patches are, and relative-position biases.
+
+Dosovitskiy et al. 2021 (arXiv 2010.11929), Figure 7 centre.
+
+The quantities: the cosine similarity of each patch's position embedding with every other's, as a
+grid of grids; and, where positions enter attention as a bias, that bias against the offset from
+query to key, for each head, in units of attention logits.
+
+Choices made: tables are learned or fixed (sine and cosine) alike, prefix tokens left out. Another
+resolution's table is the bicubic interpolation that fine-tuning starts from. Nothing is sampled, so
+nothing has a standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from vitprobe.core import cli, drawing
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.models import load_models
+from vitprobe.core.positions import find_biases, find_table, resample
+from vitprobe.core.results import Finding, Result, decide
+from vitprobe.core.running import models_meta
+
+SHOWN_TILES, SHOWN_HEADS = 14, 8
+
+
+def similarity(table: Tensor) -> np.ndarray:
+    """Cosine similarity of every two embeddings.
+
+    Args:
+        table: (rows, columns, features).
+
+    Returns:
+        (rows, columns, rows, columns) float64; NaN for embeddings that are 0.
+    """
+    rows, columns, _ = table.shape
+    flat = table.detach().double().flatten(0, 1)
+    length = flat.norm(dim=1, keepdim=True)
+    unit = flat / torch.where(length > 0, length, torch.nan)
+    return (unit @ unit.T).reshape(rows, columns, rows, columns).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class PositionEmbeddingResult(Result):
+    """Similarities of position embeddings, and relative-position biases.
+
+    Attributes:
+        similarity: (rows, columns, rows, columns) cosine of each patch's embedding with every
+            other's. Several tables' rows follow each other, all padded with NaN.
+        table_of_row: (rows,) index into ``meta["tables"]``.
+        bias: (layers, heads, offsets, offsets) bias by vertical and horizontal offset, the middle
+            being offset 0; padded with NaN.
+        layers: (layers,) names of the modules that have a bias.
+        model_of_layer: (layers,) index into ``meta["models"]``.
+    """
+
+    similarity: np.ndarray
+    table_of_row: np.ndarray
+    bias: np.ndarray
+    layers: np.ndarray
+    model_of_layer: np.ndarray
+
+    analysis: ClassVar[str] = "position_embedding"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def of(self, table: int) -> np.ndarray:
+        """(rows, columns, rows, columns) of one table."""
+        rows, columns = self.meta["tables"][table]["grid"]
+        return self.similarity[self.table_of_row == table][:, :columns, :rows, :columns]
+
+    def plot(self, ax: Any = None) -> Any:
+        """A grid of grids for each table and heads' biases for each model; on ``ax``, one grid."""
+        with drawing.style():
+            tables, biased = self.meta["tables"], list(dict.fromkeys(self.model_of_layer.tolist()))
+            if ax is not None:
+                if not tables:
+                    raise VitprobeError("A single axis can show a table, and there is none.")
+                self._grids(ax, 0)
+                return ax
+            count = len(tables)
+            columns = max(1, 2 if count == 4 else min(3, count))
+            lines = -(-count // columns)
+            heights = [4.3] * lines + [3.4] * len(biased)
+            figure = drawing.new_figure(max(4.6 * columns, 9 if biased else 5), sum(heights) + 0.4)
+            parts = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+            for line in range(lines):
+                shown = range(line * columns, min(count, (line + 1) * columns))
+                row = parts[line].subgridspec(1, columns)
+                axes = [figure.add_subplot(row[0, i]) for i in range(len(shown))]
+                for one, table in zip(axes, shown):
+                    image = self._grids(one, table)
+                figure.colorbar(image, ax=axes, label="cosine similarity", aspect=30)
+            for part, model in zip(list(parts)[lines:], biased):
+                one = figure.add_subplot(part)
+                image = self._biases(one, model)
+                figure.colorbar(image, ax=one, label="bias − its mean (logits)", aspect=25)
+            drawing.caption(figure, drawing.provenance_line(self.meta), width=110)
+            return figure
+
+    def _grids(self, ax: Any, table: int) -> Any:
+        """Tile (i, j) shows the similarity of the patch in row i, column j with all others."""
+        values = self.of(table)
+        rows, columns = values.shape[:2]
+        # Beyond some tiles nothing can be told apart: every so many are shown then.
+        step = max(1, -(-max(rows, columns) // SHOWN_TILES))
+        tiles = values[step // 2 :: step, step // 2 :: step]
+        high, wide = tiles.shape[:2]
+        image = ax.imshow(_mosaic(tiles), vmin=-1, vmax=1, cmap="viridis", interpolation="nearest")
+        for axis, count, size in ((ax.yaxis, high, rows), (ax.xaxis, wide, columns)):
+            numbers = np.arange(count) * step + step // 2 + 1
+            axis.set_ticks(np.arange(count) * (size + 1) + (size - 1) / 2, numbers.tolist())
+        _bare(ax)
+        ax.set_xlabel("column of the patch")
+        ax.set_ylabel("row of the patch")
+        ax.set_title(self.meta["tables"][table]["label"])
+        return image
+
+    def _biases(self, ax: Any, model: int) -> Any:
+        """The first heads of the first, middle and last layer; offset 0 in the middle of a tile."""
+        rows = np.flatnonzero(self.model_of_layer == model)
+        chosen = list(dict.fromkeys([rows[0], rows[len(rows) // 2], rows[-1]]))
+        shown = self.bias[chosen][:, :SHOWN_HEADS]
+        finite = np.isfinite(shown)
+        # A constant drops out of the softmax.
+        count = finite.sum((2, 3), keepdims=True).clip(1)
+        shown = shown - np.nansum(shown, (2, 3), keepdims=True) / count
+        shown = shown[:, finite.any((0, 2, 3))][..., finite.any((0, 1, 3)), :]
+        shown = shown[..., finite.any((0, 1, 2))]
+        reach = float(np.nanmax(np.abs(shown))) or 1.0
+        image = ax.imshow(
+            _mosaic(shown), vmin=-reach, vmax=reach, cmap=drawing.DIVERGING, interpolation="nearest"
+        )
+        layers, heads, high, wide = shown.shape
+        names = [drawing.short(str(self.layers[row])) for row in chosen]
+        ax.set_yticks(np.arange(layers) * (high + 1) + (high - 1) / 2, names)
+        ax.set_xticks(np.arange(heads) * (wide + 1) + (wide - 1) / 2, np.arange(heads).tolist())
+        _bare(ax)
+        ax.set_xlabel("head")
+        ax.set_title(f"{self.models[model]}: bias by offset from query to key")
+        return image
+
+    def findings(self) -> list[Finding]:
+        """Dosovitskiy et al.'s claims on similarity against distance, rows and columns."""
+        found = []
+        structure = {}
+        for table, about in enumerate(self.meta["tables"]):
+            if min(about["grid"]) < 3 or not np.isfinite(self.of(table)).all():
+                continue
+            rho, axial = decay(self.of(table)), axis_gain(self.of(table))
+            structure[table] = rho
+            found.append(
+                Finding(
+                    f"embeddings of {about['label']} are the more alike the nearer the patches",
+                    "Dosovitskiy et al. 2021, Fig. 7 centre",
+                    decide(-rho, 0.0, 0.5),
+                    f"Spearman correlation of similarity with distance {rho:.3f} (less than -0.5 "
+                    f"asked)",
+                )
+            )
+            found.append(
+                Finding(
+                    f"patches in one row or column are more alike in {about['label']} than others "
+                    f"as far apart",
+                    "Dosovitskiy et al. 2021, Fig. 7 centre",
+                    decide(axial, 0.0),
+                    f"mean difference of similarity at equal distance {axial:.3f}",
+                )
+            )
+        untrained = {t: self._untrained(about) for t, about in enumerate(self.meta["tables"])}
+        for table, rho in structure.items():
+            for other, blank in structure.items():
+                same_grid = np.array_equal(
+                    *(self.meta["tables"][t]["grid"] for t in (table, other))
+                )
+                if same_grid and not untrained[table] and untrained[other]:
+                    labels = [self.meta["tables"][t]["label"] for t in (table, other)]
+                    found.append(
+                        Finding(
+                            f"{labels[0]} has a structure that {labels[1]} lacks",
+                            "Dosovitskiy et al. 2021, Fig. 7 centre",
+                            decide(abs(rho) - abs(blank), 0.0, 0.25),
+                            f"Spearman correlation of similarity with distance {rho:.3f} against "
+                            f"{blank:.3f} (0.25 more asked)",
+                        )
+                    )
+        return found
+
+    def _untrained(self, about: dict[str, Any]) -> bool:
+        return self.meta["models"][about["model"]]["weights"].startswith("random")
+
+
+def _pairs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Similarity, squared distance, and whether in one row or column, of all pairs of patches."""
+    rows, columns = values.shape[:2]
+    y, x = np.indices((rows, columns))
+    dy = (y[:, :, None, None] - y).ravel()
+    dx = (x[:, :, None, None] - x).ravel()
+    other = (dy != 0) | (dx != 0)
+    return values.ravel()[other], (dy**2 + dx**2)[other], ((dy == 0) | (dx == 0))[other]
+
+
+def decay(values: np.ndarray) -> float:
+    """Spearman correlation of similarity with distance over all pairs of different patches."""
+    alike, squared, _ = _pairs(values)
+    return float(spearmanr(alike, squared).statistic) if np.ptp(alike) > 0 else 0.0
+
+
+def axis_gain(values: np.ndarray) -> float:
+    """Mean similarity within a row or column minus that of other pairs of the same length.
+
+    Other pairs of exactly that length are rare on a grid: their mean similarity is interpolated
+    between the lengths that they have.
+    """
+    alike, squared, axial = _pairs(values)
+    lengths = np.unique(squared[~axial])
+    means = np.array([alike[~axial & (squared == one)].mean() for one in lengths])
+    inside = axial & (squared >= lengths[0]) & (squared <= lengths[-1])
+    expected = np.interp(np.sqrt(squared[inside]), np.sqrt(lengths), means)
+    return float((alike[inside] - expected).mean())
+
+
+def _mosaic(tiles: np.ndarray) -> np.ndarray:
+    """(down, across, height, width) as one map, tiles a pixel apart."""
+    down, across, high, wide = tiles.shape
+    canvas = np.full((down, high + 1, across, wide + 1), np.nan)
+    canvas[:, :high, :, :wide] = tiles.transpose(0, 2, 1, 3)
+    return canvas.reshape(down * (high + 1), across * (wide + 1))[:-1, :-1]
+
+
+def _bare(ax: Any) -> None:
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+RESULT = PositionEmbeddingResult
+
+
+def measure(
+    models: Any, *, grid: Sequence[int] | None = None, image_size: int | None = None, seed: int = 0
+) -> PositionEmbeddingResult:
+    """Similarities of the position embeddings of one model or several, and their biases.
+
+    Args:
+        models: specs (``vit_b16``, ``NAME@random``, ``NAME@FILE``), modules or ``Model``; one or a
+            list.
+        grid: (rows, columns) of another resolution, for a second table of each model.
+        image_size: side in pixels for models that allow another one than their own.
+        seed: of untrained weights.
+
+    Raises:
+        VitprobeError: a model that has neither a table nor a bias.
+    """
+    if grid is not None and (len(grid) != 2 or min(grid) < 1):
+        raise VitprobeError(f"--grid is two numbers of at least 1, not {list(grid)}.")
+    loaded = load_models(models, image_size, seed)
+    tables, biases, meta = [], [], models_meta("position_embedding", loaded, seed)
+    meta["tables"] = []
+    for i, model in enumerate(loaded):
+        table, found = find_table(model), find_biases(model)
+        if table is None and not found:
+            raise VitprobeError(
+                f"{model.name} has no position embedding to show: no table of one vector a patch, "
+                f"and no relative-position bias."
+            )
+        biases += [(i, label, bias) for label, bias in found]
+        if table is None:
+            continue
+        for shown in [table] + ([resample(table, *grid)] if grid else []):
+            rows, columns = shown.shape[:2]
+            label = f"{model.name}, {rows} × {columns}" if grid else model.name
+            meta["tables"].append({"model": i, "label": label, "grid": [rows, columns]})
+            tables.append(similarity(shown))
+    owners = np.array([i for i, _, _ in biases], dtype=int)
+    return PositionEmbeddingResult(
+        meta,
+        np.concatenate(_padded(tables)) if tables else np.zeros((0, 0, 0, 0)),
+        np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
+        np.stack(_centred([bias for _, _, bias in biases])) if biases else np.zeros((0, 0, 0, 0)),
+        np.array([label for _, label, _ in biases], dtype=str),
+        owners,
+    )
+
+
+def _padded(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Columns, rows and columns of all to the largest; the first axis stays."""
+    sizes = np.max([array.shape[1:] for array in arrays], axis=0)
+    widths = [[(0, 0), *((0, s - h) for s, h in zip(sizes, a.shape[1:]))] for a in arrays]
+    return [np.pad(a, width, constant_values=np.nan) for a, width in zip(arrays, widths)]
+
+
+def _centred(biases: list[np.ndarray]) -> list[np.ndarray]:
+    """Heads filled up at the end, offsets on both sides so that offset 0 stays in the middle."""
+    heads, high, wide = np.max([bias.shape for bias in biases], axis=0)
+    filled = []
+    for bias in biases:
+        up, left = (high - bias.shape[1]) // 2, (wide - bias.shape[2]) // 2
+        widths = [(0, heads - len(bias)), (up, up), (left, left)]
+        filled.append(np.pad(bias, widths, constant_values=np.nan))
+    return filled
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vitprobe.position_embedding``."""
+    parser = cli.parser("position_embedding", __doc__, images=False, layers=False)
+    parser.add_argument(
+        "--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"),
+        help="also show the table resampled to this resolution",
+    )  # fmt: skip
+    return cli.run(
+        parser,
+        argv,
+        "position_embedding",
+        lambda args: measure(
+            args.models, grid=args.grid, image_size=args.image_size, seed=args.seed
+        ),
+        default_models=("vit_small_box",),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
