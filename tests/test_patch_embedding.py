@@ -93,3 +93,11 @@ def test_no_filters_on_pixels_gets_its_line():
 def test_command(tmp_path, capsys):
     assert patch_embedding.main(["--models", "test_vit@random", "--out", str(tmp_path)]) == 0
     assert "patch_embedding-test_vit-random.npz" in capsys.readouterr().out
+
+
+def test_a_stem_of_several_convolutions_shows_the_first():
+    from vitprobe import load_model
+    from vitprobe.patch_embedding import stem_filters
+
+    name, filters = stem_filters(load_model("resnet_box"))
+    assert name == "conv1.0" and filters.shape[1:] == (3, 3, 3)

@@ -187,7 +187,9 @@ def measure(models: Any, *, image_size: int | None = None, seed: int = 0) -> Pat
 def stem_filters(model: Model) -> tuple[str, Tensor]:
     """The first layer that looks at pixels: its name and filters (filters, height, width, 3)."""
     for name, module in _stems(model.module):
-        weight = module.weight
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            continue  # a stem of several layers: its convolutions come after it
         if isinstance(module, nn.Conv2d) and weight.shape[1] in (1, 3):
             return name, weight.permute(0, 2, 3, 1)
         # A linear embedding of flattened patches: (filters, height · width · 3).

@@ -23,6 +23,8 @@ from vitprobe.core.errors import VitprobeError, nearest
 TIMM_PREFIXES = ("hfds/", "torch/")
 STREAM_PREFIXES = ("hfids/", "tfds/", "wds/")
 BROKEN_FRACTION_ALLOWED = 0.01
+# Every command on the bundled models stays under a minute on two cores with these.
+DEFAULT_SCENES = 512
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -188,7 +190,7 @@ def _all(n: int) -> np.ndarray:
 def _bundled(num_images: int | None, seed: int) -> Images:
     from vitprobe.data.scenes import scenes
 
-    drawn = scenes(num_images or 1024, split="test", seed=seed)
+    drawn = scenes(num_images or DEFAULT_SCENES, split="test", seed=seed)
     images = _from_array(drawn.images, "digit scenes (test)")
     return replace(
         images, labels=np.asarray(drawn.labels), classes=tuple(str(d) for d in range(10))
