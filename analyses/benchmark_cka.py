@@ -1,0 +1,240 @@
+"""What CKA costs: time and memory against the bare forward passes, and against two peers.
+
+    python analyses/benchmark_cka.py                        # CPU
+    python analyses/benchmark_cka.py --quick                # fewer repeats
+    python analyses/benchmark_cka.py --device cuda --precision bf16
+
+Prints a Markdown table. Untrained timm models see the same random batch again and again, so neither
+decoding nor downloading counts. "x forward" is the median, over repeats, of one batch's time
+divided by that of the bare forward passes (same models, evaluation, inference mode) just before and
+just after it. "Memory" is the peak of a process of its own above that of a process that only runs
+the forward passes. Start-up (finding the layers) happens once and stands apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from vitprobe import cka
+from vitprobe.core.running import Batch, Session
+
+PEERS = {"pytorch-cka": "cka", "torch-cka": "torch_cka"}
+LARGE, SMALL = "ViT-S/16 x ResNet-50, 224 px", "ResNet-18 x ResNet-18, 64 px"
+PAIRS = {
+    LARGE: ("vit_small_patch16_224", "resnet50", 224),
+    SMALL: ("resnet18", "resnet18", 64),
+}
+VARIANTS = {
+    LARGE: ("blocks", "all", "pytorch-cka"),
+    # torch-cka forms a Gram again for every pair: on the large pair that takes minutes a batch.
+    SMALL: ("blocks", "all", "pytorch-cka", "torch-cka"),
+}
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one process measures; handed to it as JSON."""
+
+    pair: str
+    variant: str
+    batch: int
+    device: str
+    precision: str
+    repeats: int
+
+    def models(self) -> list[nn.Module]:
+        torch.manual_seed(0)
+        made = []
+        for name in PAIRS[self.pair][:2]:
+            # Branches that start at 0 do not vary, and torch-cka stops at such layers.
+            options = {"zero_init_last": False} if name.startswith("resnet") else {}
+            made.append(timm.create_model(name, **options).eval().to(self.device))
+        return made
+
+    def images(self, batches: int = 1) -> Tensor:
+        size = PAIRS[self.pair][2]
+        return torch.randn(
+            self.batch * batches, 3, size, size, generator=torch.Generator().manual_seed(1)
+        )
+
+    def forward(self, models: list[nn.Module], images: Tensor) -> None:
+        """The bare forward passes of one batch."""
+        bf16 = torch.autocast(self.device, dtype=torch.bfloat16)
+        with torch.inference_mode(), bf16 if self.precision == "bf16" else nullcontext():
+            for model in models:
+                model(images)
+
+    def measure(self, models: list[nn.Module], images: Tensor) -> cka.CKAResult:
+        return cka.measure(
+            models,
+            images,
+            layers=self.variant,
+            batch_size=self.batch,
+            device=self.device,
+            precision=self.precision,
+        )
+
+    def peer(self, models: list[nn.Module]) -> tuple[int, Callable[[Tensor], Any]]:
+        """(layers, step) of another package, over every module that runs."""
+        library = import_module(PEERS[self.variant])
+        layers = [_running(model, self.images()[:2].to(self.device)) for model in models]
+        if self.variant == "torch-cka":
+            run = library.CKA(*models, None, None, *layers, device=self.device)
+            return sum(map(len, layers)), lambda images: run.compare(_loader(images))
+        run = library.CKA(*models, *layers, device=self.device).__enter__()
+        return sum(map(len, layers)), lambda images: run._compare(_loader(images), progress=False)
+
+
+def _running(model: nn.Module, images: Tensor) -> list[str]:
+    """Names of the modules that run; pytorch-cka stops at one that does not."""
+    ran: dict[str, None] = {}
+    with torch.inference_mode(), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name:
+                note = module.register_forward_hook(lambda *_, name=name: ran.setdefault(name))
+                stack.callback(note.remove)
+        model(images)
+    return list(ran)
+
+
+def _loader(images: Tensor) -> DataLoader:
+    return DataLoader(TensorDataset(images), len(images))
+
+
+def timed(setting: Setting) -> dict[str, float]:
+    """Layers, seconds a batch without and with the measurement, their ratio, and start-up."""
+    models, bare = setting.models(), setting.models()  # Peers leave hooks on theirs.
+    images = setting.images()
+    on_device = images.to(setting.device)
+    found: dict[str, float] = {}
+
+    def watch(work: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        work()
+        if setting.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def interleave(work: Callable[[], Any]) -> None:
+        alone, both = [], []
+        for _ in range(WARM_UP + setting.repeats):
+            alone.append(watch(lambda: setting.forward(bare, on_device)))
+            both.append(watch(work))
+        alone.append(watch(lambda: setting.forward(bare, on_device)))
+        ratios = [2 * t / (a + b) for t, a, b in zip(both, alone, alone[1:])]
+        found["forward_s"] = median(alone[WARM_UP:])
+        found["batch_s"] = median(both[WARM_UP:])
+        found["ratio"] = median(ratios[WARM_UP:])
+
+    def instead(session: Session, step: Callable[[Batch], None], sums: Any, **options: Any) -> None:
+        # In place of the batch loop, the very step that it would call.
+        found["start_s"] = time.perf_counter() - began
+        batch = next(session._load([0]))[0]
+        with torch.inference_mode():
+            interleave(lambda: step(batch))
+
+    began = time.perf_counter()
+    if setting.variant in PEERS:
+        found["layers"], step = setting.peer(models)
+        found["start_s"] = time.perf_counter() - began
+        interleave(lambda: step(on_device))
+    else:
+        with patch.object(Session, "run", instead):
+            found["layers"] = len(setting.measure(models, images).layers)
+    return found
+
+
+def peak(setting: Setting) -> float:
+    """Peak memory, in GiB, of a process that does nothing else; two batches."""
+    models, images = setting.models(), setting.images(2)
+    batches = [batch.to(setting.device) for batch in images.split(setting.batch)]
+    if setting.variant in PEERS or setting.variant == "forward":
+        step = setting.peer(models)[1] if setting.variant in PEERS else None
+        for batch in batches:
+            step(batch) if step else setting.forward(models, batch)
+    else:
+        setting.measure(models, images)
+    if setting.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def in_child(what: str, setting: Setting) -> Any:
+    """A function of this file, by name, in a process of its own."""
+    command = [sys.executable, __file__, "--child", what, json.dumps(asdict(setting))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{setting.variant}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or ['CPU'])[0]}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=15, help="timed batches")
+    parser.add_argument("--quick", action="store_true", help="3 timed batches")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        work = {"timed": timed, "peak": peak}[args.child[0]]
+        print(json.dumps(work(Setting(**json.loads(args.child[1])))))
+        return
+    repeats = 3 if args.quick else args.repeats
+    common = (args.batch_size, args.device, args.precision, repeats)
+    print(f"{machine(args.device)}; torch {torch.__version__}, timm {timm.__version__}; ", end="")
+    print(f"{args.precision}, batches of {args.batch_size}, medians of {repeats}\n")
+    print("| pair | what | layers | forward s | batch s | x forward | memory GiB | start-up s |")
+    print("|---|---|---|---|---|---|---|---|")
+    missing = [name for name, package in PEERS.items() if not find_spec(package)]
+    for pair, variants in VARIANTS.items():
+        alone = in_child("peak", Setting(pair, "forward", *common))
+        for variant in variants:
+            # Under autocast the peers' Grams would be bfloat16 too.
+            if variant in missing or (variant in PEERS and args.precision == "bf16"):
+                continue
+            setting = Setting(pair, variant, *common)
+            t, memory = in_child("timed", setting), in_child("peak", setting) - alone
+            print(
+                f"| {pair} | {variant} | {t['layers']} | {t['forward_s']:.3f} | "
+                f"{t['batch_s']:.3f} | {t['ratio']:.2f} | {memory:+.2f} | {t['start_s']:.1f} |",
+                flush=True,
+            )
+    if missing:
+        names = " ".join(missing)
+        print(f"\nNot installed: {names} (pip install --no-deps {names})")
+
+
+if __name__ == "__main__":
+    main()
