@@ -235,7 +235,7 @@ def measure(
     *,
     test_images: Any = None,
     shots: int = 10,
-    draws: int = 5,
+    draws: int = 3,
     layers: str | Sequence[str] = "blocks",
     **options: Any,
 ) -> LinearProbeResult:
@@ -321,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--test-images", metavar="PATH",
         help="labelled, of the same classes; a seeded part of --images if left out")  # fmt: skip
     add("--shots", type=int, default=10, metavar="N", help="fitting images a class (%(default)s)")
-    add("--draws", type=int, default=5, metavar="N",
+    add("--draws", type=int, default=3, metavar="N",
         help="times that fitting images are drawn (%(default)s)")  # fmt: skip
     return cli.run(
         parser,

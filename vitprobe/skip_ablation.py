@@ -39,6 +39,8 @@ DEPTHS = (1 / 12, 7 / 12, 10 / 12)
 # How much CKA across the block has to lose to have collapsed: ours.
 COLLAPSE = 0.1
 MARK = drawing.COLOURS[5]
+# Four passes of every model over the bundled scenes stay under a minute on two cores.
+DEFAULT_SCENES = 128
 REMOVED, TRAINED = "removed at test time", "trained without"
 
 
@@ -212,6 +214,8 @@ def measure(
         VitprobeError: unknown models, images, layers or blocks; a second model that has skips in
             the block after all; fewer than 4 images; activations that are not finite.
     """
+    if images is None and options.get("num_images") is None:
+        options["num_images"] = DEFAULT_SCENES
     with session(models, images, Options(**options), at_least=MIN_BATCH) as ready:
         if ready.options.batch_size < MIN_BATCH:
             raise VitprobeError(

@@ -11,7 +11,7 @@ import numpy as np
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.images import Images, open_images
 
-BUNDLED_TEST = 1000
+BUNDLED_TEST = 500
 
 
 @dataclass(frozen=True)
