@@ -4,19 +4,15 @@
     python analyses/benchmark_cka.py --quick                # fewer repeats
     python analyses/benchmark_cka.py --device cuda --precision bf16
 
-Prints a Markdown table. Untrained timm models see the same random batch again and again, so neither
-decoding nor downloading counts. "x forward" is the median, over repeats, of one batch's time
-divided by that of the bare forward passes (same models, evaluation, inference mode) just before and
-just after it. "Memory" is the peak of a process of its own above that of a process that only runs
-the forward passes. Start-up (finding the layers) happens once and stands apart.
+Untrained timm models see the same random batch again and again, so neither decoding nor downloading
+counts. "Memory" is the peak of a process of its own above that of a process that only runs the
+forward passes. Start-up (finding the layers) happens once and stands apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,18 +20,15 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import timm
 import torch
+from benchmarking import compare, in_child, instead_of_the_loop, machine, peak_gib, publish, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitprobe import cka
-from vitprobe.core.running import Batch, Session
 
 PEERS = {"pytorch-cka": "cka", "torch-cka": "torch_cka"}
 LARGE, SMALL = "ViT-S/16 x ResNet-50, 224 px", "ResNet-18 x ResNet-18, 64 px"
@@ -49,6 +42,7 @@ VARIANTS = {
     SMALL: ("blocks", "all", "pytorch-cka", "torch-cka"),
 }
 WARM_UP = 2
+HEADER = ("pair", "what", "layers", "forward s", "batch s", "x forward", "memory GiB", "start-up s")
 
 
 @dataclass(frozen=True)
@@ -128,38 +122,19 @@ def timed(setting: Setting) -> dict[str, float]:
     on_device = images.to(setting.device)
     found: dict[str, float] = {}
 
-    def watch(work: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        work()
-        if setting.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    def interleave(work: Callable[[], Any]) -> None:
-        alone, both = [], []
-        for _ in range(WARM_UP + setting.repeats):
-            alone.append(watch(lambda: setting.forward(bare, on_device)))
-            both.append(watch(work))
-        alone.append(watch(lambda: setting.forward(bare, on_device)))
-        ratios = [2 * t / (a + b) for t, a, b in zip(both, alone, alone[1:])]
-        found["forward_s"] = median(alone[WARM_UP:])
-        found["batch_s"] = median(both[WARM_UP:])
-        found["ratio"] = median(ratios[WARM_UP:])
-
-    def instead(session: Session, step: Callable[[Batch], None], sums: Any, **options: Any) -> None:
-        # In place of the batch loop, the very step that it would call.
+    def against_bare(work: Callable[[], Any]) -> None:
         found["start_s"] = time.perf_counter() - began
-        batch = next(session._load([0]))[0]
-        with torch.inference_mode():
-            interleave(lambda: step(batch))
+        cost = compare(
+            lambda: setting.forward(bare, on_device), work, setting.repeats, setting.device, WARM_UP
+        )
+        found.update(asdict(cost))
 
     began = time.perf_counter()
     if setting.variant in PEERS:
         found["layers"], step = setting.peer(models)
-        found["start_s"] = time.perf_counter() - began
-        interleave(lambda: step(on_device))
+        against_bare(lambda: step(on_device))
     else:
-        with patch.object(Session, "run", instead):
+        with instead_of_the_loop(lambda batch, step, _: against_bare(lambda: step(batch))):
             found["layers"] = len(setting.measure(models, images).layers)
     return found
 
@@ -174,28 +149,12 @@ def peak(setting: Setting) -> float:
             step(batch) if step else setting.forward(models, batch)
     else:
         setting.measure(models, images)
-    if setting.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / (2**30 if sys.platform == "darwin" else 2**20)
+    return peak_gib(setting.device)
 
 
-def in_child(what: str, setting: Setting) -> Any:
+def asked(what: str, setting: Setting) -> Any:
     """A function of this file, by name, in a process of its own."""
-    command = [sys.executable, __file__, "--child", what, json.dumps(asdict(setting))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{setting.variant}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or ['CPU'])[0]}, {torch.get_num_threads()} threads"
+    return in_child(__file__, "--child", what, json.dumps(asdict(setting)))
 
 
 def main() -> None:
@@ -205,6 +164,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=15, help="timed batches")
     parser.add_argument("--quick", action="store_true", help="3 timed batches")
+    parser.add_argument("--readme", action="store_true", help="also write the table there")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -213,24 +173,24 @@ def main() -> None:
         return
     repeats = 3 if args.quick else args.repeats
     common = (args.batch_size, args.device, args.precision, repeats)
-    print(f"{machine(args.device)}; torch {torch.__version__}, timm {timm.__version__}; ", end="")
-    print(f"{args.precision}, batches of {args.batch_size}, medians of {repeats}\n")
-    print("| pair | what | layers | forward s | batch s | x forward | memory GiB | start-up s |")
-    print("|---|---|---|---|---|---|---|---|")
     missing = [name for name, package in PEERS.items() if not find_spec(package)]
+    rows = []
     for pair, variants in VARIANTS.items():
-        alone = in_child("peak", Setting(pair, "forward", *common))
+        alone = asked("peak", Setting(pair, "forward", *common))
         for variant in variants:
             # Under autocast the peers' Grams would be bfloat16 too.
             if variant in missing or (variant in PEERS and args.precision == "bf16"):
                 continue
             setting = Setting(pair, variant, *common)
-            t, memory = in_child("timed", setting), in_child("peak", setting) - alone
-            print(
-                f"| {pair} | {variant} | {t['layers']} | {t['forward_s']:.3f} | "
-                f"{t['batch_s']:.3f} | {t['ratio']:.2f} | {memory:+.2f} | {t['start_s']:.1f} |",
-                flush=True,
-            )
+            t, memory = asked("timed", setting), asked("peak", setting) - alone
+            rows.append(
+                (pair, variant, str(t["layers"]), f"{t['bare_s']:.3f}", f"{t['work_s']:.3f}",
+                 f"{t['ratio']:.2f}", f"{memory:+.2f}", f"{t['start_s']:.1f}")
+            )  # fmt: skip
+            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    text = f"{machine(args.device)}; {args.precision}, batches of {args.batch_size}, medians of "
+    text += f"{repeats}.\n\n{table(HEADER, rows)}"
+    publish("benchmark_cka", text, args.readme)
     if missing:
         names = " ".join(missing)
         print(f"\nNot installed: {names} (pip install --no-deps {names})")

@@ -3,7 +3,7 @@
     python analyses/benchmark_linear_probe.py                        # 1,000 test images
     python analyses/benchmark_linear_probe.py --blocks 2 --tests 50  # sooner
 
-Prints a Markdown table. All tokens and blocks of an untrained ViT-S/16 at 224 px: 12 blocks with
+All tokens and blocks of an untrained ViT-S/16 at 224 px: 12 blocks with
 196 patch tokens, the class token, the mean, and all side by side; 10 classes, 10 images a class to
 fit on. Every batch runs through the bare model just before it runs through the probes, so that both
 see the same load on the machine; ``x forward`` is the whole measurement, start-up and solving
@@ -25,6 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import timm
 import torch
+from benchmarking import machine, publish, table
 from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=12, help="of the ViT (%(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--readme", action="store_true", help="also write the table there")
     args = parser.parse_args()
     torch.manual_seed(0)
     model, bare = (
@@ -121,19 +123,18 @@ def main() -> None:
         )  # fmt: skip
     total = time.perf_counter() - began - clock.aside
     probing = total - clock.bare
-    print(
-        f"ViT-S/16, {SIDE_PX} px, {probes} token probes, {CLASSES * SHOTS} fitting and "
-        f"{args.tests} test images, {args.device}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}\n"
-    )
-    print("| what | s | ratio |\n|---|---|---|")
-    print(f"| bare forward passes | {clock.bare:.1f} | 1 |")
-    print(f"| vitprobe, all in all | {total:.1f} | {total / clock.bare:.2f} x forward |")
-    print(f"| vitprobe without the passes | {probing:.1f} | |")
+    rows = [
+        ("bare forward passes", f"{clock.bare:.1f}", "1"),
+        ("vitprobe, all in all", f"{total:.1f}", f"{total / clock.bare:.2f} x forward"),
+        ("vitprobe without the passes", f"{probing:.1f}", ""),
+    ]
     for name, seconds in clock.peers.items():
         loop = probes * statistics.median(seconds)
-        print(f"| scikit-learn's {name} in a loop | {loop:.1f} | {loop / probing:.1f} x vitprobe "
-              f"without the passes |")  # fmt: skip
+        ratio = f"{loop / probing:.1f} x vitprobe without the passes"
+        rows.append((f"scikit-learn's {name} in a loop", f"{loop:.1f}", ratio))
+    text = f"{machine(args.device)}; ViT-S/16, {SIDE_PX} px, {probes} token probes, "
+    text += f"{CLASSES * SHOTS} fitting and {args.tests} test images.\n\n"
+    publish("benchmark_linear_probe", text + table(("what", "s", "ratio"), rows), args.readme)
 
 
 if __name__ == "__main__":
