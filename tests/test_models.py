@@ -13,6 +13,7 @@ from torch import nn
 
 from vitprobe import VitprobeError, cka, load_model, wrap
 from vitprobe.core import models
+from vitprobe.core.running import session
 
 
 def saved(module, path, **changes):
@@ -183,3 +184,14 @@ def test_equal_names_are_told_apart():
         "test_vit (random) #2",
         "test_vit (random) #3",
     ]
+
+
+def test_wrapped_models_of_one_class_keep_their_own_transforms():
+    pictures = np.full((4, 160, 160, 3), 100, dtype=np.uint8)
+    mine = [
+        wrap(timm.create_model("test_vit"), transform=lambda image, level=level: level)
+        for level in (torch.zeros(3, 160, 160), torch.ones(3, 160, 160))
+    ]
+    with session(mine, pictures) as ready:
+        dark, light = ready.example()
+    assert dark.max() == 0 and light.min() == 1

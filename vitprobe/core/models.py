@@ -78,7 +78,8 @@ class Model:
         input_size: (C, H, W) of that tensor; None where unknown.
         origin: where the weights come from, in words.
         timm_name: timm's name, empty for other modules.
-        transform_key: equal for two models whose transforms do the same.
+        transform_key: equal for two models whose transforms do the same; empty where nothing is
+            known of what it does.
         details: what else provenance should hold (file, its sha256, the model card).
     """
 
@@ -112,7 +113,7 @@ class Model:
             "weights": self.origin,
             "weights_sha256": self.weights_sha256(),
             "input_size": list(self.input_size) if self.input_size else None,
-            "transform": self.transform_key,
+            "transform": self.transform_key or ("given" if self.transform else ""),
             **self.details,
         }
 
@@ -173,8 +174,7 @@ def wrap(
     if not isinstance(module, nn.Module):
         raise VitprobeError(f"A model must be a name or an nn.Module, not {type(module).__name__}.")
     name = name or type(module).__name__
-    timm_name = ""
-    key = f"given for {name}" if transform else ""
+    timm_name = key = ""
     if transform is None and getattr(module, "pretrained_cfg", None):
         transform, size, key = _timm_transform(module, input_size[1] if input_size else None)
         input_size = input_size or size
