@@ -78,6 +78,16 @@ def test_float16_weights_become_float32(tmp_path):
     assert next(model.module.parameters()).dtype == torch.float32
 
 
+def test_a_float16_position_table_is_not_rounded_again_when_it_is_resampled(tmp_path):
+    module = timm.create_model("test_vit", num_classes=0, img_size=160).half()
+    torch.nn.init.normal_(module.pos_embed)
+    wide = {name: tensor.float() for name, tensor in module.state_dict().items()}
+    half = load_model(f"test_vit@{saved(module, tmp_path / 'half.safetensors')}", image_size=96)
+    save_file(wide, tmp_path / "wide.safetensors")
+    full = load_model(f"test_vit@{tmp_path / 'wide.safetensors'}", image_size=96)
+    assert torch.equal(half.module.pos_embed, full.module.pos_embed)
+
+
 class Malice:
     def __reduce__(self):
         return (Path.touch, (Path("executed"),))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitprobe.core.errors import VitprobeError, nearest
 from vitprobe.core.weights import file_sha256, first_line, hub, read_state_dict
 
+HALF = (torch.float16, torch.bfloat16)
 REMOTE_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 # The papers' models and their usual company -> timm's names of the nearest public weights.
@@ -351,5 +352,7 @@ def _file_overlay(timm_name: str, path: Path) -> tuple[dict[str, Any], dict[str,
     heads = getattr(config, "classifier", None) or ()
     heads = (heads,) if isinstance(heads, str) else heads
     found = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
+    # timm resamples a position table in float32 but keeps its type: half precision rounds it again.
+    state = {k: v.float() if v.dtype in HALF else v for k, v in state.items()}
     overlay = {"state_dict": state, "num_classes": found[0] if found else 0, "custom_load": False}
     return overlay, {"file": path.name, "file_sha256": file_sha256(path)}
