@@ -9,9 +9,9 @@ scale. A representation is everything of an image at a layer: all tokens, CLS in
 H·W·C values of a map. Layers that do not vary are undefined (NaN, hatched). ``--pairwise A B A2 B2
 ...`` draws networks of one depth against each other, layer by layer: the diagonals as lines.
 
-Choices made: batches without replacement in a seeded random order, one pass; standard errors by
-the jackknife over batches (in at most 32 groups of batches); a last batch under 4 images, too
-small for the estimator, is left out.
+Choices made: even batches without replacement in a seeded random order, one pass; standard errors
+by the jackknife over batches (in at most 32 groups of batches); a last batch under 4 images, too
+small for the estimator, is left out where even ones would be under 4, too.
 """
 
 from __future__ import annotations
