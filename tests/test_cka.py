@@ -226,6 +226,20 @@ def test_findings_follow_the_numbers(tensors):
     assert decide(1.0, 0.0, 1.0) == OPEN
 
 
+def test_an_error_from_few_batches_decides_less(tensors):
+    # Student's t at the confidence of two standard errors: 13.97 for two replicates, 3.31 for four.
+    assert decide(3.0, 1.0) == decide(3.0, 1.0, replicates=1000) == HOLDS
+    assert decide(-3.2, 1.0, replicates=4) == decide(13.9, 1.0, replicates=2) == OPEN
+    assert decide(-3.4, 1.0, replicates=4) == FAILS
+    assert decide(14.0, 1.0, replicates=2) == HOLDS
+    result = cka.measure([vit(), resnet()], tensors, batch_size=10)
+    assert result.meta["replicates"] == 2
+    pair = dict(result.meta["pairs"][0], spread=[0.5, 0.1], stages=[0.5, 0.01])
+    for replicates, verdict in ((2, OPEN), (20, HOLDS)):
+        result.meta.update(replicates=replicates, pairs=[pair])
+        assert result.findings()[0].verdict == verdict
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

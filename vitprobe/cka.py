@@ -147,7 +147,7 @@ class CKAResult(Result):
         """
         if "same_depth" in self.meta:
             return same_depth.findings(self)
-        return vit_and_cnn.findings(self.meta["pairs"])
+        return vit_and_cnn.findings(self.meta["pairs"], self.meta.get("replicates"))
 
 
 RESULT = CKAResult
@@ -215,6 +215,7 @@ def measure(
         value, error = jackknife(normalise, sums["hsic"], sums["used"])
         stages = [[vit_and_cnn.stage(layer) for layer in one] for one in chosen]
         meta = ready.meta("cka")
+        meta["replicates"] = int((sums["used"] > 0).sum())
         meta["left_out"] = int(sums["left_out"])
         meta["n"] -= meta["left_out"]
         meta["pairs"] = vit_and_cnn.statistics(
