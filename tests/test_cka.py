@@ -121,7 +121,7 @@ def test_two_input_sizes_and_modes_restored(tensors):
 
 @pytest.mark.parametrize("extra", [1, 2, 3])
 def test_a_last_batch_under_four_is_left_out_and_said(tensors, extra):
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).double()
     images = tensors[: 4 + extra]  # two even batches would be under four
     order = np.random.default_rng(0).permutation(len(images))
     result = cka.measure(wrap(module), images, batch_size=4, layers="all")
