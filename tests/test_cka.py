@@ -121,13 +121,13 @@ def test_two_input_sizes_and_modes_restored(tensors):
 
 @pytest.mark.parametrize("extra", [1, 2, 3])
 def test_a_last_batch_under_four_is_left_out_and_said(tensors, extra):
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
-    images = tensors[: 8 + extra]
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).double()
+    images = tensors[: 4 + extra]  # two even batches would be under four
     order = np.random.default_rng(0).permutation(len(images))
-    result = cka.measure(wrap(module), images, batch_size=8, layers="all")
-    assert result.meta["left_out"] == extra and result.meta["n"] == 8
+    result = cka.measure(wrap(module), images, batch_size=4, layers="all")
+    assert result.meta["left_out"] == extra and result.meta["n"] == 4
     assert f"{extra} images in batches under 4 left out" in result._caption()
-    only = cka.measure(wrap(module), images[order[:8]], batch_size=8, layers="all")
+    only = cka.measure(wrap(module), images[order[:4]], batch_size=4, layers="all")
     np.testing.assert_allclose(result.cka, only.cka, atol=1e-6)
 
 
@@ -224,6 +224,20 @@ def test_findings_follow_the_numbers(tensors):
         result.meta["pairs"][0] = {**pair, "spread": spread, "stages": stages}
         assert result.findings()[0].verdict == verdict
     assert decide(1.0, 0.0, 1.0) == OPEN
+
+
+def test_an_error_from_few_batches_decides_less(tensors):
+    # Student's t at the confidence of two standard errors: 13.97 for two replicates, 3.31 for four.
+    assert decide(3.0, 1.0) == decide(3.0, 1.0, replicates=1000) == HOLDS
+    assert decide(-3.2, 1.0, replicates=4) == decide(13.9, 1.0, replicates=2) == OPEN
+    assert decide(-3.4, 1.0, replicates=4) == FAILS
+    assert decide(14.0, 1.0, replicates=2) == HOLDS
+    result = cka.measure([vit(), resnet()], tensors, batch_size=10)
+    assert result.meta["replicates"] == 2
+    pair = dict(result.meta["pairs"][0], spread=[0.5, 0.1], stages=[0.5, 0.01])
+    for replicates, verdict in ((2, OPEN), (20, HOLDS)):
+        result.meta.update(replicates=replicates, pairs=[pair])
+        assert result.findings()[0].verdict == verdict
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import nn
 
 from vitprobe import VitprobeError, cka, load_model, wrap
 from vitprobe.core import models
+from vitprobe.core.running import session
 
 
 def saved(module, path, **changes):
@@ -75,6 +76,16 @@ def test_float16_weights_become_float32(tmp_path):
     module = timm.create_model("test_resnet").half()
     model = load_model(f"test_resnet@{saved(module, tmp_path / 'w.safetensors')}")
     assert next(model.module.parameters()).dtype == torch.float32
+
+
+def test_a_float16_position_table_is_not_rounded_again_when_it_is_resampled(tmp_path):
+    module = timm.create_model("test_vit", num_classes=0, img_size=160).half()
+    torch.nn.init.normal_(module.pos_embed)
+    wide = {name: tensor.float() for name, tensor in module.state_dict().items()}
+    half = load_model(f"test_vit@{saved(module, tmp_path / 'half.safetensors')}", image_size=96)
+    save_file(wide, tmp_path / "wide.safetensors")
+    full = load_model(f"test_vit@{tmp_path / 'wide.safetensors'}", image_size=96)
+    assert torch.equal(half.module.pos_embed, full.module.pos_embed)
 
 
 class Malice:
@@ -183,3 +194,14 @@ def test_equal_names_are_told_apart():
         "test_vit (random) #2",
         "test_vit (random) #3",
     ]
+
+
+def test_wrapped_models_of_one_class_keep_their_own_transforms():
+    pictures = np.full((4, 160, 160, 3), 100, dtype=np.uint8)
+    mine = [
+        wrap(timm.create_model("test_vit"), transform=lambda image, level=level: level)
+        for level in (torch.zeros(3, 160, 160), torch.ones(3, 160, 160))
+    ]
+    with session(mine, pictures) as ready:
+        dark, light = ready.example()
+    assert dark.max() == 0 and light.min() == 1

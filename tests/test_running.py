@@ -21,6 +21,18 @@ def net():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
 
 
+@pytest.mark.parametrize(
+    ("n", "size", "least", "lengths"),
+    [(100, 32, 4, [25] * 4), (36, 32, 4, [18, 18]), (64, 32, 4, [32, 32]), (7, 3, 1, [3, 2, 2]),
+     (3, 32, 1, [3]), (9, 4, 4, [4, 4, 1])],
+)  # fmt: skip
+def test_batches_are_even_unless_they_would_be_too_small(n, size, least, lengths):
+    images = torch.zeros(n, 3, 8, 8)
+    with session(wrap(net()), images, Options(batch_size=size), at_least=least) as ready:
+        assert [len(batch) for batch in ready.batches] == lengths
+        assert np.array_equal(np.concatenate(ready.batches), np.arange(n))
+
+
 class StopAfter(nn.Module):
     """A network that raises on its k-th batch."""
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -156,6 +157,7 @@ class AttentionDistanceResult(Result):
     def findings(self) -> list[Finding]:
         """The claims of Raghu et al.'s Figure 3 for every model with global attention."""
         found = []
+        decided = partial(decide, replicates=self.meta["n"])
         for model, name in enumerate(self.models):
             rows = self.of(model)
             if not self.meta["global"][model] or len(rows) < 4:
@@ -169,7 +171,7 @@ class AttentionDistanceResult(Result):
                     f"the lowest blocks of {name} hold both local and global heads",
                     "Raghu et al. 2021, Fig. 3",
                     combine(
-                        [decide(-nearest[0], nearest[1], -LOCAL), decide(*widest, GLOBAL)]
+                        [decided(-nearest[0], nearest[1], -LOCAL), decided(*widest, GLOBAL)]
                     ),
                     f"distance over that of uniform attention: most local head "
                     f"{plus_minus(*nearest)} (less than {LOCAL} asked), most global head "
@@ -180,7 +182,7 @@ class AttentionDistanceResult(Result):
                 Finding(
                     f"the highest blocks of {name} attend mostly globally",
                     "Raghu et al. 2021, Fig. 3",
-                    decide(*middle, GLOBAL),
+                    decided(*middle, GLOBAL),
                     f"distance over that of uniform attention, median head "
                     f"{plus_minus(*middle)} (more than {GLOBAL} asked)",
                 )

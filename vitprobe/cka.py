@@ -9,9 +9,9 @@ scale. A representation is everything of an image at a layer: all tokens, CLS in
 H·W·C values of a map. Layers that do not vary are undefined (NaN, hatched). ``--pairwise A B A2 B2
 ...`` draws networks of one depth against each other, layer by layer: the diagonals as lines.
 
-Choices made: batches without replacement in a seeded random order, one pass; standard errors by
-the jackknife over batches (in at most 32 groups of batches); a last batch under 4 images, too
-small for the estimator, is left out.
+Choices made: even batches without replacement in a seeded random order, one pass; standard errors
+by the jackknife over batches (in at most 32 groups of batches); a last batch under 4 images, too
+small for the estimator, is left out where even ones would be under 4, too.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class CKAResult(Result):
         """
         if "same_depth" in self.meta:
             return same_depth.findings(self)
-        return vit_and_cnn.findings(self.meta["pairs"])
+        return vit_and_cnn.findings(self.meta["pairs"], self.meta.get("replicates"))
 
 
 RESULT = CKAResult
@@ -215,6 +215,7 @@ def measure(
         value, error = jackknife(normalise, sums["hsic"], sums["used"])
         stages = [[vit_and_cnn.stage(layer) for layer in one] for one in chosen]
         meta = ready.meta("cka")
+        meta["replicates"] = int((sums["used"] > 0).sum())
         meta["left_out"] = int(sums["left_out"])
         meta["n"] -= meta["left_out"]
         meta["pairs"] = vit_and_cnn.statistics(

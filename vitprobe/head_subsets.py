@@ -100,7 +100,7 @@ class HeadSubsetsResult(Result):
             Finding(
                 f"the more local the heads of {vit}, the more alike {layer} of {cnn}",
                 "Raghu et al. 2021, Fig. 5",
-                decide(-float(rho), float(error), STRONG),
+                decide(-float(rho), float(error), STRONG, self.meta.get("replicates")),
                 f"Spearman's ρ over {len(self.distance_px)} subsets {plus_minus(rho, error)} (less "
                 f"than -{STRONG} asked)",
             )
@@ -190,6 +190,7 @@ def measure(
         rho, rho_error = jackknife(correlation, sums["hsic"], sums["used"])
         meta = ready.meta("head_subsets")
         meta["n"] = int(sums["seen"].sum())
+        meta["replicates"] = int((sums["used"] > 0).sum())
         meta["attention_layer"], meta["heads"] = attention.layers[0].label, heads
     return HeadSubsetsResult(
         meta, cka, cka_error, of_subset, subsets, rho, rho_error, np.array(labels)

@@ -203,7 +203,7 @@ class LocalizationResult(Result):
         return Finding(
             f"interior tokens of {self.models[model]} peak at their own patch",
             "Raghu et al. 2021, Fig. 9",
-            decide(*share, MOST),
+            decide(*share, MOST, self.meta.get("replicates")),
             f"{self.layers[layer]}: share {plus_minus(*share)} (more than {MOST} asked)",
         )
 
@@ -216,7 +216,7 @@ class LocalizationResult(Result):
         return Finding(
             f"the last block of {names[0]} is much less localised than that of {names[1]}",
             f"Raghu et al. 2021, {source}",
-            decide(float(gap), float(error)),
+            decide(float(gap), float(error), 0.0, self.meta.get("replicates")),
             f"contrast {numbers[0]} against {numbers[1]} (less than {MUCH_LESS} of it asked)",
         )
 
@@ -228,7 +228,7 @@ class LocalizationResult(Result):
         return Finding(
             f"an earlier unit of {self.models[model]} is more localised than its last",
             "Raghu et al. 2021, Appendix D",
-            decide(gap, error),
+            decide(gap, error, 0.0, self.meta.get("replicates")),
             f"contrast of {self.layers[middle]} minus that of {self.layers[last]}: "
             f"{plus_minus(gap, error)}",
         )
@@ -277,6 +277,7 @@ def measure(
         if not sums["used"].sum():
             raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
         meta = ready.meta("localization")
+        meta["replicates"] = int((sums["used"] > 0).sum())
         meta["left_out"] = int(sums["left_out"])
         meta["n"] -= meta["left_out"]
         meta["kinds"] = kinds

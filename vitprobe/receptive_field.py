@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, ClassVar
 
@@ -209,18 +210,19 @@ class ReceptiveFieldResult(Result):
         trend = np.stack([self.trends, self.trends_se], axis=2).tolist()
         text = "area with 90 % of the gradient"
         found = []
+        decided = partial(decide, replicates=self.meta.get("replicates"))
         for model, name in enumerate(self.models):
             low, middle, high, peak, less = trend[model]
             if not attends[model]:
                 growth = high[0] - low[0], float(np.hypot(high[1], low[1]))
-                claim, verdict = f"the field of {name} grows gradually", decide(*growth, GROWTH)
+                claim, verdict = f"the field of {name} grows gradually", decided(*growth, GROWTH)
                 numbers = (
                     f"{text}: lowest third {plus_minus(*low)}, half depth {plus_minus(*middle)}, "
                     f"highest third {plus_minus(*high)} (more than {GROWTH} growth asked)"
                 )
             else:
                 claim = f"{name} is global by half depth, and its centre patch dominates"
-                verdict = combine([decide(*middle, GLOBAL_AREA), decide(*peak)])
+                verdict = combine([decided(*middle, GLOBAL_AREA), decided(*peak)])
                 numbers = (
                     f"{text} at half depth {plus_minus(*middle)} ({GLOBAL_AREA} asked); share of "
                     f"the centre patch minus the largest other's {plus_minus(*peak)}"
@@ -229,14 +231,14 @@ class ReceptiveFieldResult(Result):
             if np.isfinite(less[0]):
                 claim = f"attention alone is less centred on its own place than the sum in {name}"
                 numbers = f"share of the centre cell, sum minus attention: {plus_minus(*less)}"
-                found.append(Finding(claim, f"{source}, C.3", decide(*less), numbers))
+                found.append(Finding(claim, f"{source}, C.3", decided(*less), numbers))
         for a, b in product(np.flatnonzero(attends), np.flatnonzero(~np.array(attends))):
             (vit, vit_se), (cnn, cnn_se) = trend[a][0], trend[b][0]
             found.append(
                 Finding(
                     f"low layers of {self.models[a]} look farther than those of {self.models[b]}",
                     source,
-                    decide(vit - cnn, float(np.hypot(vit_se, cnn_se))),
+                    decided(vit - cnn, float(np.hypot(vit_se, cnn_se))),
                     f"{text}, lowest third: {plus_minus(vit, vit_se)} and "
                     f"{plus_minus(cnn, cnn_se)}",
                 )
@@ -305,6 +307,7 @@ def measure(
             ready.run(step, sums, decides={"analysis": "receptive_field", **facts}, gradients=True)
         meta = ready.meta("receptive_field")
     meta |= {"channels": channels, "signed": signed, "pre_residual": pre_residual}
+    meta["replicates"] = min(GROUPS, meta["n"])
     meta |= {"sides": [plan.side for plan in plans], "attends": [plan.attends for plan in plans]}
     rows, columns = np.max([plan.side for plan in plans], axis=0)
     parts: list[list[np.ndarray]] = [[] for _ in range(8)]

@@ -164,7 +164,7 @@ class SkipAblationResult(Result):
                     f"without the skips of {block}, {self.meta['experiment']}, layers of {name} "
                     f"before and after it are no longer alike",
                     source,
-                    decide(*self.loss[panel].tolist(), COLLAPSE),
+                    decide(*self.loss[panel].tolist(), COLLAPSE, self.meta.get("replicates")),
                     f"mean CKA across the block {plus_minus(value[0], error[0])}, with skips "
                     f"{plus_minus(value[2], error[2])}, loss {plus_minus(*self.loss[panel])} (more "
                     f"than {COLLAPSE} asked); within the sides {plus_minus(value[1], error[1])}, "
@@ -242,6 +242,7 @@ def measure(
             raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
         meta = ready.meta("skip_ablation")
         meta["n"] -= int(sums["left_out"])
+        meta["replicates"] = int((sums["used"] > 0).sum())
     meta["trained_without"] = trained_without is not None
     meta["experiment"] = TRAINED if meta["trained_without"] else REMOVED
     sides = np.ones((len(panels), size), dtype=np.int64)

@@ -204,6 +204,7 @@ class SkipRatioResult(Result):
         source, layouts = "Raghu et al. 2021, Fig. 7", self.meta["layouts"]
         logs = np.stack([self.log_ratio, self.log_ratio_se], axis=2).tolist()
         found = []
+        decided = partial(decide, replicates=self.meta["n"])
         for model, name in enumerate(self.models):
             first, second, _ = logs[model]
             if not self._has_class(model):
@@ -213,7 +214,7 @@ class SkipRatioResult(Result):
                     f"in {name} the class token's ratio is above the spatial tokens' in the first "
                     f"half, below in the second",
                     source,
-                    combine([decide(*first), decide(-second[0], second[1])]),
+                    combine([decided(*first), decided(-second[0], second[1])]),
                     f"mean log ratio of class token minus spatial: first half "
                     f"{plus_minus(*first)}, second half {plus_minus(*second)}",
                 )
@@ -227,7 +228,7 @@ class SkipRatioResult(Result):
                 Finding(
                     f"the ratios of {self.models[a]} are above those of {self.models[b]}",
                     source,
-                    decide(*difference),
+                    decided(*difference),
                     f"mean log ratio over locations and additions {plus_minus(*vit)} and "
                     f"{plus_minus(*cnn)}, difference {plus_minus(*difference)}",
                 )

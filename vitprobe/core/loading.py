@@ -18,8 +18,11 @@ class TransformedImages(Dataset):
 
     def __init__(self, models: list[Model], images: Images) -> None:
         self.images = images
-        keys = ["" if images.are_tensors else m.transform_key or str(i) for i, m in
-                enumerate(models)]  # fmt: skip
+        # What a given transform does is not known: only the very same one counts as equal.
+        keys = [
+            "" if images.are_tensors else model.transform_key or str(id(model.transform))
+            for model in models
+        ]
         groups = list(dict.fromkeys(keys))
         self.group_of_model = [groups.index(key) for key in keys]
         self.transforms = [models[keys.index(group)].transform for group in groups]

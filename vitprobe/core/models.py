@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitprobe.core.errors import VitprobeError, nearest
 from vitprobe.core.weights import file_sha256, first_line, hub, read_state_dict
 
+HALF = (torch.float16, torch.bfloat16)
 REMOTE_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 # The papers' models and their usual company -> timm's names of the nearest public weights.
@@ -78,7 +79,8 @@ class Model:
         input_size: (C, H, W) of that tensor; None where unknown.
         origin: where the weights come from, in words.
         timm_name: timm's name, empty for other modules.
-        transform_key: equal for two models whose transforms do the same.
+        transform_key: equal for two models whose transforms do the same; empty where nothing is
+            known of what it does.
         details: what else provenance should hold (file, its sha256, the model card).
     """
 
@@ -112,7 +114,7 @@ class Model:
             "weights": self.origin,
             "weights_sha256": self.weights_sha256(),
             "input_size": list(self.input_size) if self.input_size else None,
-            "transform": self.transform_key,
+            "transform": self.transform_key or ("given" if self.transform else ""),
             **self.details,
         }
 
@@ -173,8 +175,7 @@ def wrap(
     if not isinstance(module, nn.Module):
         raise VitprobeError(f"A model must be a name or an nn.Module, not {type(module).__name__}.")
     name = name or type(module).__name__
-    timm_name = ""
-    key = f"given for {name}" if transform else ""
+    timm_name = key = ""
     if transform is None and getattr(module, "pretrained_cfg", None):
         transform, size, key = _timm_transform(module, input_size[1] if input_size else None)
         input_size = input_size or size
@@ -351,5 +352,7 @@ def _file_overlay(timm_name: str, path: Path) -> tuple[dict[str, Any], dict[str,
     heads = getattr(config, "classifier", None) or ()
     heads = (heads,) if isinstance(heads, str) else heads
     found = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
+    # timm resamples a position table in float32 but keeps its type: half precision rounds it again.
+    state = {k: v.float() if v.dtype in HALF else v for k, v in state.items()}
     overlay = {"state_dict": state, "num_classes": found[0] if found else 0, "custom_load": False}
     return overlay, {"file": path.name, "file_sha256": file_sha256(path)}

@@ -7,6 +7,7 @@ the one trained on all of it, block by block.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,13 +109,14 @@ def findings(result: Any) -> list[Finding]:
     """Raghu et al.'s claim of Figure 12, for pairs in the order of growing training data."""
     found: list[Finding] = []
     names = result.models
+    decided = partial(decide, replicates=result.meta.get("replicates"))
     for before, one in zip([None, *result.meta["same_depth"]], result.meta["same_depth"]):
         a, b = one["pair"]
         found.append(
             Finding(
                 f"{names[a]} and {names[b]} are less alike at the same depth, the deeper it is",
                 "Raghu et al. 2021, Fig. 12",
-                decide(*one["fall"]),
+                decided(*one["fall"]),
                 f"mean CKA of the lowest third minus that of the highest: "
                 f"{plus_minus(*one['fall'])}; of all layers {plus_minus(*one['mean'])}",
             )
@@ -125,7 +127,7 @@ def findings(result: Any) -> list[Finding]:
                     f"{names[a]} is more like {names[b]} than {names[before['pair'][0]]} is "
                     f"(pairs given from little to much training data)",
                     "Raghu et al. 2021, Fig. 12",
-                    decide(*one["rise"]),
+                    decided(*one["rise"]),
                     f"mean CKA at the same depth {plus_minus(*one['mean'])}, "
                     f"{plus_minus(*one['rise'])} above the pair before",
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,9 @@ def _late_gap(cross: Tensor) -> Tensor:
     return gaps[~gaps.isnan()].min() if (~gaps.isnan()).any() else gaps.new_tensor(torch.nan)
 
 
-def findings(pairs: list[dict[str, Any]]) -> list[Finding]:
-    """The claims for every pair of ``statistics``."""
+def findings(pairs: list[dict[str, Any]], replicates: int | None = None) -> list[Finding]:
+    """The claims for every pair of ``statistics``, whose errors come of so many replicates."""
+    decided = partial(decide, replicates=replicates)
     found = []
     for pair in pairs:
         vit, cnn = pair["attention"], pair["convolution"]
@@ -106,7 +108,7 @@ def findings(pairs: list[dict[str, Any]]) -> list[Finding]:
             Finding(
                 f"low and high layers are more alike in {vit} than in {cnn}, which splits by stage",
                 "Raghu et al. 2021, Fig. 1",
-                combine([decide(spread[0], spread[1], CLEARLY), decide(*stages)]),
+                combine([decided(spread[0], spread[1], CLEARLY), decided(*stages)]),
                 f"mean CKA of lowest and highest third: {vit} {plus_minus(*pair['vit'])}, "
                 f"{cnn} {plus_minus(*pair['cnn'])}, difference {plus_minus(*spread)} (more "
                 f"than {CLEARLY} asked); {cnn} within minus between stages "
@@ -119,7 +121,7 @@ def findings(pairs: list[dict[str, Any]]) -> list[Finding]:
                 f"the lower half of {cnn} is most like the lowest layers of {vit}, whose last "
                 f"third is less like any of {cnn}",
                 "Raghu et al. 2021, Fig. 2",
-                combine([decide(*depth_left), decide(*late)]),
+                combine([decided(*depth_left), decided(*late)]),
                 f"best-matching depth in {vit} {plus_minus(*depth)} (at most {EARLY_DEPTH} "
                 f"asked); CKA with its first two thirds minus its last, least over the layers "
                 f"of {cnn}: {plus_minus(*late)}",
