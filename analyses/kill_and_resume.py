@@ -31,18 +31,19 @@ from typing import Any
 import numpy as np
 
 VIT, CNN = "test_vit@random", "test_resnet@random"
-SMALL = ["--image-size", "32", "--batch-size", "4", "--workers", "0", "--save-every", "0"]
-# Models and options that make a run of seconds with some eighty batches.
+SMALL = ["--image-size", "32", "--num-images", "80", "--batch-size", "4", "--workers", "0"]
+SMALL += ["--save-every", "0"]
+# Models and options that make a run of seconds with twenty batches.
 MEASUREMENTS: dict[str, list[str]] = {
-    "cka": [VIT, CNN, "--layers", "all", "--num-images", "320"],
-    "attention_distance": [VIT, "vit_small_box", "--num-images", "320"],
-    "head_subsets": [VIT, CNN, "--num-images", "320"],
-    "attention_rollout": [VIT, "--num-images", "320"],
-    "receptive_field": [VIT, CNN, "--num-images", "160", "--channels", "4"],
-    "skip_ratio": [VIT, CNN, "--num-images", "320"],
-    "skip_ablation": [VIT, "--num-images", "320"],
-    "linear_probe": [VIT, CNN, "--num-images", "320", "--shots", "3"],
-    "localization": [VIT, CNN, "--num-images", "320"],
+    "cka": [VIT, CNN],
+    "attention_distance": [VIT, "vit_small_box"],
+    "head_subsets": [VIT, CNN],
+    "attention_rollout": [VIT],
+    "receptive_field": [VIT, CNN, "--channels", "4"],
+    "skip_ratio": [VIT, CNN],
+    "skip_ablation": [VIT],
+    "linear_probe": [VIT, CNN, "--shots", "3"],
+    "localization": [VIT, CNN],
 }
 
 
@@ -108,7 +109,7 @@ def row(processes: Any, name: str, times: int, chance: random.Random) -> str:
         largest = 0.0
         # The last run is let go to its end.
         while kills < times or resumed:
-            process = start(processes, name, out)
+            process, began = start(processes, name, out), time.monotonic()
             process.join(chance.uniform(0, takes) if kills < times else None)
             if process.exitcode is None:
                 process.kill()
@@ -123,6 +124,8 @@ def row(processes: Any, name: str, times: int, chance: random.Random) -> str:
                 finished += 1
                 largest = max(largest, difference(arrays(out, name), expected))
                 left += len([p for p in out.iterdir() if p.suffix not in (".png", ".npz")])
+            else:
+                takes = min(takes, time.monotonic() - began)
             resumed = 0
             shutil.rmtree(out)
         return f"{name:20} {kills:3} ({kept:2}) {finished:9} {largest:12.1e} {left:10}"

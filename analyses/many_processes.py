@@ -22,9 +22,9 @@ from kill_and_resume import MEASUREMENTS, arrays, command, difference
 def run(name: str, out: Path, count: int) -> str:
     """Run with ``count`` processes, without ``torchrun`` for 0; what it printed if it failed."""
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+    program = [*(torchrun if count else ()), f"vitprobe.{name}"]
     done = subprocess.run(
-        [sys.executable, "-m", *(torchrun if count else []), f"vitprobe.{name}"]
-        + command(name, out),
+        [sys.executable, "-m", *program, *command(name, out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
