@@ -137,9 +137,10 @@ def main() -> None:
     parser.add_argument("--measurements", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS)
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     args = parser.parse_args()
-    # Processes that have the libraries loaded spend their time on what is to be killed.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([f"vitprobe.{name}" for name in args.measurements])
+    # Processes that begin with the libraries loaded spend their time on what is to be killed.
+    processes = multiprocessing.get_context("fork")
+    for name in args.measurements:
+        import_module(f"vitprobe.{name}")
     chance = random.Random(args.seed)
     print(f"{'measurement':20} kills    finished   difference  left over", flush=True)
     for name in args.measurements:

@@ -2,9 +2,8 @@
 
     python analyses/many_processes.py --processes 1 2 3 4
 
-``torchrun`` starts the processes, on this machine, over gloo. Prints for each measurement the
-largest difference of any array from that of one process without ``torchrun``, and what a run says
-that loses a process half-way and is resumed by another number of them.
+``torchrun`` starts the processes, on this machine, over gloo. Prints for each measurement and each
+number the largest difference of any array from those of one process without ``torchrun``.
 """
 
 from __future__ import annotations

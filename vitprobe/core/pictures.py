@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 # Files are opened as one of these formats only: some others run a program (EPS) to be read.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Pillow's own bound against small files that unfold to fill the memory; callers can lift that one.
 MAX_PIXELS = 178_956_970
 # A resized shorter side makes a picture beyond this as long as a large one is big.
@@ -37,8 +37,9 @@ def decoded(file: IO[bytes] | Path) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        Image.init()
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
         except Image.DecompressionBombError:
             raise ValueError(f"more than {MAX_PIXELS:,} pixels are not decoded") from None
     with image:
