@@ -109,7 +109,7 @@ def test_ctrl_c_says_how_to_go_on_exits_130_and_the_same_command_does(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     told = process.communicate()[1]
     assert process.returncode == 130
-    assert "of 100 batches; the same command goes on from there" in told
+    assert "of 100 batches. The same command goes on from there" in told
     assert "Traceback" not in told and [p.suffix for p in out.iterdir()] == [".partial"]
     done = run(*command)
     assert done.returncode == 0 and "going on after" in done.stderr
@@ -135,18 +135,26 @@ def test_an_output_folder_that_is_a_file_fails_before_the_work(pictures, tmp_pat
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_write_that_fails_half_way_leaves_neither_file(pictures, tmp_path, monkeypatch, capsys):
-    calls = []
+def test_a_write_that_fails_half_way_leaves_neither_file_and_loses_nothing(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    out, write = tmp_path / "out", os.fsync
 
     def full(handle):
-        calls.append(handle)
-        if len(calls) == 2:
+        # The state is saved first; the numbers come after the figure.
+        if list(out.glob(".*.npz.*")):
             raise OSError(28, "No space left on device")
+        write(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    assert cka.main(arguments(pictures, tmp_path / "out")) == 2
-    assert "No space left on device" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert cka.main(arguments(pictures, out)) == 2
+    told = capsys.readouterr().err
+    assert "No space left on device. The same command goes on from there." in told
+    assert [path.suffix for path in out.iterdir()] == [".partial"]
+    monkeypatch.setattr(os, "fsync", write)
+    assert cka.main(arguments(pictures, out)) == 0
+    assert "going on after 2 of 2 batches" in capsys.readouterr().err
+    assert {path.suffix for path in out.iterdir()} == {".png", ".npz"}
 
 
 def test_the_list_of_commands_and_the_installed_script(capsys):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vitprobe import VitprobeError, cka, wrap
+from vitprobe.core import interrupts
 from vitprobe.core.checkpoint import Checkpoint
 from vitprobe.core.running import Interrupted, Options, session
 
@@ -33,17 +34,21 @@ def test_batches_are_even_unless_they_would_be_too_small(n, size, least, lengths
         assert np.array_equal(np.concatenate(ready.batches), np.arange(n))
 
 
-class StopAfter(nn.Module):
-    """A network that raises on its k-th batch."""
+# Two forward passes find the layers, one measures the memory that they take.
+BEFORE = 3
 
-    def __init__(self, passes, error=KeyboardInterrupt):
+
+class StopIn(nn.Module):
+    """A network that gets a signal in its k-th batch."""
+
+    def __init__(self, batch=99, stop=lambda: signal.raise_signal(signal.SIGINT)):
         super().__init__()
-        self.net, self.left, self.error = net(), passes, error
+        self.net, self.passes, self.at, self.stop = net(), 0, BEFORE + batch, stop
 
     def forward(self, x):
-        if self.left == 0:
-            raise self.error
-        self.left -= 1
+        self.passes += 1
+        if self.passes == self.at:
+            self.stop()
         return self.net(x)
 
 
@@ -73,66 +78,111 @@ def test_workers_give_the_same_numbers(pictures):
     np.testing.assert_array_equal(one.cka, two.cka)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(tensors, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tensors, tmp_path, number):
     path = tmp_path / "state"
-    whole = measured(StopAfter(99), tensors, None)
-    # Two passes find the layers; then two of five batches.
-    with pytest.raises(Interrupted, match="after 2 of 5 batches; the same command goes on"):
-        measured(StopAfter(4), tensors, path)
+    whole = measured(StopIn(), tensors, None)
+    with pytest.raises(Interrupted, match=r"after 2 of 5 batches. The same command goes") as caught:
+        measured(StopIn(2, lambda: signal.raise_signal(number)), tensors, path)
+    assert caught.value.status == 128 + number
     assert len(list(tmp_path.glob("*.partial"))) == 1
-    resumed = StopAfter(5)
+    resumed = StopIn()
     result = measured(resumed, tensors, path)
-    assert resumed.left == 0
+    assert resumed.passes == BEFORE + 3
     np.testing.assert_allclose(result.cka, whole.cka, rtol=0, atol=1e-12)
     np.testing.assert_allclose(result.cka_se, whole.cka_se, rtol=0, atol=1e-12)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_batch_that_is_in_some_sums_only_is_not_saved(tensors, tmp_path):
+    """A second Ctrl-C does not wait for the batch: what was saved before it stays."""
+    sums = {}
+
+    def run(stops):
+        with session(net(), tensors, Options(batch_size=4, checkpoint=tmp_path / "s")) as ready:
+            sums.update(ready.sums(first=(), second=()))
+
+            def step(batch):
+                sums["first"] += len(batch)
+                if stops and batch.index == 2:
+                    signal.raise_signal(signal.SIGINT)
+                    time.sleep(interrupts.AGAIN_S + 0.1)
+                    signal.raise_signal(signal.SIGINT)
+                sums["second"] += len(batch)
+
+            ready.run(step, sums, decides={})
+
+    with pytest.raises(Interrupted, match=r"Stopped after 2 of 5 batches"):
+        run(stops=True)
+    run(stops=False)
+    assert sums["first"] == sums["second"] == 20
+
+
+def test_signals_are_handled_as_before_after_a_run(tensors):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    measured(StopIn(), tensors, None)
+    with pytest.raises(Interrupted, match="Nothing is kept"):
+        measured(StopIn(2), tensors, None)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
 def test_fresh_starts_over_and_other_facts_leave_the_state_alone(tensors, tmp_path):
     path = tmp_path / "state"
     with pytest.raises(Interrupted):
-        measured(StopAfter(4), tensors, path)
+        measured(StopIn(2), tensors, path)
     kept = next(tmp_path.glob("*.partial")).read_bytes()
-    measured(StopAfter(99), tensors, path, seed=1)
+    measured(StopIn(), tensors, path, seed=1)
     assert next(tmp_path.glob("*.partial")).read_bytes() == kept
-    fresh = StopAfter(7)
+    fresh = StopIn()
     measured(fresh, tensors, path, fresh=True)
-    assert fresh.left == 0 and not list(tmp_path.iterdir())
+    assert fresh.passes == BEFORE + 5 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["empty", "torn", "other version"])
+@pytest.mark.parametrize("damage", ["empty", "torn", "flipped", "other version", "other shape"])
 def test_a_damaged_state_is_done_again(tensors, tmp_path, damage):
     path = tmp_path / "state"
     with pytest.raises(Interrupted):
-        measured(StopAfter(4), tensors, path)
+        measured(StopIn(2), tensors, path)
     file = next(tmp_path.glob("*.partial"))
-    content = file.read_bytes()
-    file.write_bytes({"empty": b"", "torn": content[: len(content) // 2]}.get(damage, content))
-    if damage == "other version":
+    content = bytearray(file.read_bytes())
+    if damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "torn":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
+    else:
         with np.load(file) as old:
             arrays = {name: old[name] for name in old.files}
-        arrays["_key"] = np.array("another")
+        arrays |= {"_key": np.array("another")} if damage == "other version" else {
+            "hsic": arrays["hsic"][1:]
+        }  # fmt: skip
         with file.open("wb") as out:
             np.savez(out, **arrays)
-    again = StopAfter(7)
+    again = StopIn()
     result = measured(again, tensors, path)
-    assert again.left == 0
-    np.testing.assert_array_equal(result.cka, measured(StopAfter(9), tensors, None).cka)
+    assert again.passes == BEFORE + 5
+    np.testing.assert_array_equal(result.cka, measured(StopIn(), tensors, None).cka)
 
 
 def test_no_batch_counts_twice_when_partial_files_overlap(tmp_path):
     def state(value):
         return {"total": torch.full((2,), float(value), dtype=torch.float64)}
 
-    def checkpoint(rank, world=2):
-        return Checkpoint(tmp_path / "s", {"a": 1}, 4, rank, world)
+    def checkpoint(rank):
+        return Checkpoint(tmp_path / "s", {"a": 1}, 4, rank)
 
     checkpoint(0).save(state(7), np.array([True, True, True, False]))
     checkpoint(1).save(state(5), np.array([False, False, True, False]))
     checkpoint(2).save(state(1), np.array([False, False, False, True]))
     total = state(0)
-    done = checkpoint(0, world=1).load(total)
+    done = checkpoint(0).load(total)
     assert done.all() and total["total"].tolist() == [8, 8]
+    # They are one file from here on, so that nobody writes over what was another's.
+    assert [file.name[-9:] for file in tmp_path.iterdir()] == ["0.partial"]
+    again = state(0)
+    assert checkpoint(0).load(again).all() and again["total"].tolist() == [8, 8]
 
 
 def test_gpu_memory_that_runs_out_says_which_batch_size_to_try(tensors):
@@ -143,7 +193,7 @@ def test_gpu_memory_that_runs_out_says_which_batch_size_to_try(tensors):
 
         def forward(self, x):
             self.passes += 1
-            if self.passes > 2:
+            if self.passes > BEFORE:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return self.conv(x)
 

@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for file in args.files:
             result = load_result(file)
             out = args.out or file.parent
-            cli.check_writable(out, args.stem)
-            figure = result.plot()
             stem = args.stem or file.stem
+            cli.check_writable(out, stem)
+            figure = result.plot()
             drawn = {out / f"{stem}.{name}": render(figure, name) for name in args.format}
             write_atomically(drawn)
             for path in drawn:

@@ -8,19 +8,43 @@ holds is left aside, so that no batch counts twice.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
+import socket
+import sys
 import tempfile
-import zipfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitprobe.core.errors import VitprobeError
+
+Content = bytes | Callable[[IO[bytes]], Any]
+
+
+class UntilWritten:
+    """Where a command keeps the states of its runs; they stay until its result is written.
+
+    A full disk, or a signal while the figure is drawn, then costs nothing but that.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: list[Checkpoint] = []
+
+    def written(self) -> None:
+        """The result is on disk: the states have served."""
+        for run in self.runs:
+            run.remove()
+
+    def saved(self) -> bool:
+        """Whether a run that begins anew need not start over."""
+        return any(run.saved for run in self.runs)
 
 
 class Checkpoint:
@@ -31,47 +55,66 @@ class Checkpoint:
         facts: everything that decides the result; other facts, other run.
         batches: number of batches in the whole run.
         rank: of this process.
-        world: number of processes.
+
+    Attributes:
+        saved: whether there is a state on disk.
     """
 
-    def __init__(
-        self, path: Path | None, facts: dict[str, Any], batches: int, rank: int, world: int
-    ) -> None:
+    def __init__(self, path: Path | None, facts: dict[str, Any], batches: int, rank: int) -> None:
         text = json.dumps(facts, sort_keys=True, default=str)
         self.key = hashlib.sha256(text.encode()).hexdigest()
-        self.path, self.batches, self.rank, self.world = path, batches, rank, world
+        self.path, self.batches, self.rank = path, batches, rank
+        self.saved = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a place for a state at all."""
+        return self.path is not None
 
     def load(self, state: dict[str, Tensor], fresh: bool = False) -> np.ndarray:
-        """Add what is on disk to ``state`` on rank 0; (batches,) bool of what it holds."""
+        """Add what is on disk to ``state``; (batches,) bool of what it holds. Rank 0 does it."""
         done = np.zeros(self.batches, dtype=bool)
-        if self.path is None:
+        if self.path is None or self.rank > 0:
             return done
-        if fresh and self.rank == 0:
-            self.finished()
-        if not fresh:
-            parts = [part for part in map(self._read, self._files()) if part is not None]
-            for part in sorted(parts, key=lambda part: -int(part["_done"].sum())):
-                if (part["_done"] & done).any():
-                    continue
-                done |= part["_done"]
-                if self.rank == 0:
-                    for name, total in state.items():
-                        total += torch.from_numpy(part[name]).to(total)
-        if self.world > 1:
-            # Nobody writes before everybody has read.
-            torch.distributed.barrier()
+        if fresh:
+            self.remove()
+        files, used = self._files(), []
+        parts = [(file, part) for file in files if (part := self._read(file, state)) is not None]
+        for file, part in sorted(parts, key=lambda one: -int(one[1]["_done"].sum())):
+            if (part["_done"] & done).any():
+                continue
+            done |= part["_done"]
+            used.append(file)
+            for name, total in state.items():
+                total += torch.from_numpy(part[name]).to(total)
+        if used and files != [self._file(0)]:
+            # One file from here on: processes that save anew would write over what was theirs.
+            try:
+                self.save(state, done)
+            except VitprobeError:
+                return done
+            for file in files:
+                if file != self._file(0):
+                    file.unlink(missing_ok=True)
         return done
 
     def save(self, state: dict[str, Tensor], done: np.ndarray) -> None:
-        """Write this process's sums and the batches that they hold."""
+        """Write this process's sums and the batches that they hold.
+
+        Raises:
+            VitprobeError: it cannot be written; the file of the last save is as it was.
+        """
         if self.path is None:
             return
         arrays: Any = {name: total.cpu().numpy() for name, total in state.items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, _key=np.array(self.key), _done=done, **arrays)
-        write_atomically({self._file(self.rank): buffer.getvalue()})
 
-    def finished(self) -> None:
+        def write(file: IO[bytes]) -> None:
+            np.savez(file, _key=np.array(self.key), _done=done, **arrays)
+
+        write_atomically({self._file(self.rank): write})
+        self.saved = True
+
+    def remove(self) -> None:
         """Remove the partial files of this run."""
         # The names carry the key: runs with other facts in the same place are left alone.
         for file in self._files():
@@ -91,21 +134,62 @@ class Checkpoint:
             if file.name.startswith(start) and file.name.endswith(".partial")
         )
 
-    def _read(self, file: Path) -> dict[str, np.ndarray] | None:
+    def _read(self, file: Path, state: dict[str, Tensor]) -> dict[str, np.ndarray] | None:
+        """What a file holds, or None where it cannot be trusted: its batches are done again."""
         try:
             with np.load(file, allow_pickle=False) as loaded:
                 part = {name: loaded[name] for name in loaded.files}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            # A torn file holds nothing that can be trusted: its batches are done again.
+        except Exception:
+            # Readers of torn files raise anything.
             return None
-        complete = str(part.get("_key")) == self.key and part["_done"].shape == (self.batches,)
-        return part if complete else None
+        shapes = {"_key": (), "_done": (self.batches,)}
+        shapes |= {name: tuple(total.shape) for name, total in state.items()}
+        if {name: array.shape for name, array in part.items()} != shapes:
+            return None
+        kinds = {name: array.dtype.kind for name, array in part.items()}
+        if kinds.pop("_key") != "U" or kinds.pop("_done") != "b" or set(kinds.values()) - {"f"}:
+            return None
+        return part if str(part["_key"]) == self.key else None
 
 
-def write_atomically(contents: dict[Path, bytes]) -> None:
+class Saves:
+    """Saves of a state while its run goes on.
+
+    One that fails (a full disk) is told once and tried again the next time: the run may well end
+    before the disk does.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, every: float) -> None:
+        self.checkpoint, self.every = checkpoint, every
+        self._last, self._took = time.monotonic(), 0.0
+        self._told = False
+
+    def now_and_then(self, state: dict[str, Tensor], done: np.ndarray) -> None:
+        """Save if it is time to; at most a twentieth of a run goes into it."""
+        if time.monotonic() - self._last > max(self.every, 20 * self._took):
+            self.now(state, done)
+
+    def now(self, state: dict[str, Tensor], done: np.ndarray) -> None:
+        """Save."""
+        start = time.monotonic()
+        try:
+            self.checkpoint.save(state, done)
+        except VitprobeError as error:
+            if not self._told:
+                print(f"vitprobe: the state of this run is not saved: {error}", file=sys.stderr)
+            self._told = True
+        self._last = time.monotonic()
+        self._took = self._last - start
+
+
+def write_atomically(contents: dict[Path, Content]) -> None:
     """Write files whole or not at all, and let no reader see one half-written.
 
-    All are written beside their places first and renamed together at the end.
+    All are written beside their places first and renamed together at the end. What a process
+    that was killed in the middle has left beside them goes.
+
+    Args:
+        contents: for each path its bytes, or a function that writes them to a binary file.
 
     Raises:
         VitprobeError: a folder cannot be written or the disk is full.
@@ -115,9 +199,15 @@ def write_atomically(contents: dict[Path, bytes]) -> None:
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporaries[path] = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            _sweep(path)
+            handle, temporaries[path] = tempfile.mkstemp(
+                prefix=f"{_mark(path)}{os.getpid()}-", suffix=".tmp", dir=path.parent
+            )
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
                 file.flush()
                 os.fsync(file.fileno())
         # mkstemp's files are private; a result is as readable as any file of the user's.
@@ -131,3 +221,31 @@ def write_atomically(contents: dict[Path, bytes]) -> None:
     finally:
         for temporary in temporaries.values():
             Path(temporary).unlink(missing_ok=True)
+
+
+def _mark(path: Path) -> str:
+    """How temporary files for ``path`` begin that processes of this machine have made."""
+    machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+    return f".{path.name}.{machine}-"
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary files for ``path`` whose processes are no more."""
+    mark = _mark(path)
+    for file in path.parent.iterdir():
+        if file.name.startswith(mark) and file.name.endswith(".tmp"):
+            process = file.name[len(mark) :].partition("-")[0]
+            if process.isdigit() and not _alive(int(process)):
+                file.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True

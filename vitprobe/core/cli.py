@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vitprobe.core import processes
+from vitprobe.core.checkpoint import UntilWritten
 from vitprobe.core.errors import VitprobeError
+from vitprobe.core.interrupts import Interrupted
 from vitprobe.core.models import bundled_models
-from vitprobe.core.processes import is_main_process
 from vitprobe.core.results import FORMATS, Result
 
 INTERRUPTED, FAILED = 130, 2
+GRACE_S = 1.0
+MAX_STEM = 150
 DEFAULT_OUT = "vitprobe-out"
 # What every command runs on when nothing is said; they come with vitprobe.
 DEFAULT_MODELS = ("vit_small_box", "resnet_box")
@@ -84,14 +90,19 @@ def options(args: argparse.Namespace, name: str) -> dict[str, Any]:
     shared = ("num_images", "batch_size", "image_size", "device", "precision", "seed", "workers",
               "quiet", "save_every", "fresh")  # fmt: skip
     chosen = {key: getattr(args, key) for key in shared if hasattr(args, key)}
-    return {**chosen, "checkpoint": args.out / f".{stem(args, name)}"}
+    args.kept = UntilWritten(args.out / f".{stem(args, name)}")
+    return {**chosen, "checkpoint": args.kept}
 
 
 def stem(args: argparse.Namespace, name: str) -> str:
     """``--stem``, or ``NAME-MODEL-MODEL``."""
     if args.stem:
         return args.stem
-    return "-".join([name, *(slug(model) for model in args.models or [])])
+    full = "-".join([name, *(slug(model) for model in args.models or [])])
+    if len(full.encode()) <= MAX_STEM:
+        return full
+    # Many models: file systems end names at 255 bytes.
+    return f"{full[:100]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
 
 
 def slug(spec: str) -> str:
@@ -116,31 +127,48 @@ def run(
         args.models = args.models or [m for m in default_models if m in bundled_models()]
         if not args.models:
             raise VitprobeError("--models is needed: NAME, NAME@random or NAME@FILE.")
-        check_writable(args.out, args.stem)
+        check_writable(args.out, stem(args, name))
         result = measure(args)
-        if not is_main_process():
-            return
-        for path in result.save(args.out / stem(args, name), args.format):
-            print(path)
-        for finding in result.findings():
-            print(finding)
+        processes.leave()
+        if processes.is_main_process():
+            _write(result, args, stem(args, name))
 
     return guarded(body, args.debug)
 
 
+def _write(result: Result, args: argparse.Namespace, name: str) -> None:
+    """Save, and only then give up the state that the result came from; print."""
+    kept: UntilWritten | None = getattr(args, "kept", None)
+    safe = kept is not None and kept.saved()
+    way = " The same command goes on from there." if safe else ""
+    try:
+        paths = result.save(args.out / name, args.format)
+    except VitprobeError as error:
+        raise VitprobeError(f"{error}{way}") from error
+    except KeyboardInterrupt:
+        raise Interrupted(f"Stopped before the result was written.{way}") from None
+    if kept is not None:
+        kept.written()
+    for path in paths:
+        print(path)
+    for finding in result.findings():
+        print(finding)
+
+
 def guarded(body: Callable[[], None], debug: bool = False) -> int:
     """Call ``body``; what a user can put right becomes one line on stderr."""
-    from vitprobe.core.running import Interrupted
-
     try:
         body()
     except VitprobeError as error:
         if debug:
             traceback.print_exc()
-        print(f"vitprobe: {error}", file=sys.stderr)
+        _tell(str(error))
         return FAILED
-    except (KeyboardInterrupt, Interrupted) as stop:
-        print(f"vitprobe: {stop or 'stopped'}", file=sys.stderr)
+    except Interrupted as stop:
+        _tell(str(stop))
+        return stop.status
+    except KeyboardInterrupt:
+        _tell("stopped")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of stdout has left (head, less): nothing to tell it, and nothing went wrong.
@@ -148,14 +176,25 @@ def guarded(body: Callable[[], None], debug: bool = False) -> int:
     return 0
 
 
-def check_writable(out: Path, given_stem: str | None) -> None:
-    """Fail before the work, not after it."""
-    if given_stem and Path(given_stem).name != given_stem:
-        raise VitprobeError(f"--stem is a file name without folders, not {given_stem!r}.")
+def _tell(message: str) -> None:
+    if processes.is_main_process():
+        print(f"vitprobe: {message}", file=sys.stderr)
+        return
+    # What the first process meets too it tells alone: torchrun ends the others meanwhile.
+    time.sleep(GRACE_S)
+    print(f"vitprobe (process {os.environ['RANK']}): {message}", file=sys.stderr)
+
+
+def check_writable(out: Path, stem: str) -> None:
+    """Fail before the work, not after it: no folder, no right to write, no such name."""
+    if Path(stem).name != stem:
+        raise VitprobeError(f"--stem is a file name without folders, not {stem!r}.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".vitprobe-{os.getpid()}"
+        # As long as the longest name that is to come, that of a state being written.
+        probe = out / f".{stem}.{'-' * 50}{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise VitprobeError(f"--out {out} cannot be written: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise VitprobeError(f"{out / stem} cannot be written: {reason}.") from error

@@ -8,84 +8,28 @@ replacement also from folders that are sorted by class (Raghu et al. 2021, secti
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vitprobe.core.errors import VitprobeError, nearest
+from vitprobe.core.pictures import ArraySource, DatasetSource, ReaderSource, TensorSource
 
 TIMM_PREFIXES = ("hfds/", "torch/")
 STREAM_PREFIXES = ("hfids/", "tfds/", "wds/")
 BROKEN_FRACTION_ALLOWED = 0.01
 # Every command on the bundled models stays under a minute on two cores with these.
 DEFAULT_SCENES = 512
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """The picture as a viewer shows it: upright, first frame, 8-bit RGB.
-
-    16-bit and floating-point greys are scaled to 8 bits; PIL's own conversion clips them to white.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        grey = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode.startswith("I") else float(np.nanmax(grey)) or 1.0
-        image = Image.fromarray((255 * (grey / top).clip(0, 1)).round().astype(np.uint8))
-    if image.mode == "P":
-        # A palette with transparency warns unless it goes through RGBA.
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-class ReaderSource:
-    """Pictures behind one of timm's readers: a folder, a tar, a Hugging Face dataset."""
-
-    def __init__(self, reader: Any, relative_to: str | None = None) -> None:
-        self.reader = reader
-        self.relative_to = relative_to
-
-    def __getitem__(self, index: int) -> Image.Image:
-        picture = self.reader[index][0]
-        if isinstance(picture, Image.Image):
-            return rgb(picture)
-        with picture, Image.open(picture) as image:
-            return rgb(image)
-
-
-class DatasetSource:
-    """Pictures of a map-style dataset that gives (PIL image, label)."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return rgb(self.dataset[index][0])
-
-
-class ArraySource:
-    """A uint8 array (n, H, W, 3)."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.array[index])
-
-
-class TensorSource:
-    """A float tensor (n, C, H, W) that goes to every model as it is."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.tensor[index]
+# Besides timm's .png, .jpg and .jpeg.
+MORE_SUFFIXES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -100,6 +44,8 @@ class Images:
         names: names of all images of the source, where it has names.
         labels: (size of the source,) class indices, where it has classes.
         classes: names of the classes.
+        version: digest of what else tells whether an unfinished run saw the same images: when
+            their files were last changed.
     """
 
     source: str
@@ -109,6 +55,7 @@ class Images:
     names: Sequence[str] | None = None
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
+    version: str = ""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -180,7 +127,9 @@ def open_images(
 
 
 def _digest(parts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    # Names of files are bytes; those that are no text come as surrogates.
+    text = "\n".join(parts).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(text).hexdigest()
 
 
 def _all(n: int) -> np.ndarray:
@@ -244,14 +193,40 @@ def _from_folder(path: Path) -> Images:
     from timm.data.readers.reader_image_folder import ReaderImageFolder
 
     try:
-        reader = ReaderImageFolder(str(path))
+        with _more_suffixes():
+            reader = ReaderImageFolder(str(path))
     except RuntimeError:
         raise VitprobeError(f"There are no images in the folder {path}.") from None
+    except OSError as error:
+        raise VitprobeError(f"{path} cannot be read: {error.strerror}.") from error
     files = [Path(name) for name, _ in reader.samples]
     names = [file.relative_to(path).as_posix() for file in files]
     # Names and sizes decide; reading every byte before the first batch would cost a pass.
-    parts = [f"{n}\t{f.stat().st_size if f.exists() else -1}" for n, f in zip(names, files)]
-    return _labelled(path.name, reader, names, parts, [t for _, t in reader.samples])
+    stats = [_stat(file) for file in files]
+    parts = [f"{n}\t{s.st_size if s else -1}" for n, s in zip(names, stats)]
+    absent = frozenset(i for i, found in enumerate(stats) if found is None)
+    images = _labelled(path.absolute().name, ReaderSource(reader, absent), names, parts)
+    return replace(images, version=_digest([str(s.st_mtime_ns if s else 0) for s in stats]))
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except OSError:
+        return None
+
+
+@contextmanager
+def _more_suffixes() -> Iterator[None]:
+    """Within it timm's readers take the further kinds of pictures."""
+    from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
+
+    before = get_img_extensions()
+    set_img_extensions((*before, *MORE_SUFFIXES))
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
 
 
 def _from_tar(path: Path) -> Images:
@@ -261,7 +236,10 @@ def _from_tar(path: Path) -> Images:
 
     try:
         # The cache of the tar's index is a pickle beside the tar: neither read nor written.
-        reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+        # An open tar would be shared with the processes that decode, which then move its place
+        # under each other's hands: it is opened anew for each image.
+        with _more_suffixes():
+            reader = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise VitprobeError(f"{path} cannot be read as a tar: {error}") from error
     except ValueError:
@@ -269,18 +247,21 @@ def _from_tar(path: Path) -> Images:
     members = [sample[0] for sample in reader.samples]
     names = [member.path for member in members]
     parts = [f"{member.path}\t{member.size}" for member in members]
-    return _labelled(path.name, reader, names, parts, list(reader.targets))
+    images = _labelled(path.name, ReaderSource(reader), names, parts)
+    return replace(images, version=_digest([str(path.stat().st_mtime_ns)]))
 
 
-def _labelled(
-    label: str, reader: Any, names: list[str], parts: list[str], targets: list[int]
-) -> Images:
+def _labelled(label: str, items: ReaderSource, names: list[str], parts: list[str]) -> Images:
+    reader = items.reader
+    targets = getattr(reader, "targets", None)
+    if targets is None:
+        targets = [target for _, target in reader.samples]
     index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
     classes = tuple(sorted(index, key=lambda name: index[name]))
     labels = np.asarray(targets, dtype=np.int64) if len(classes) > 1 else None
     return Images(
         label,
-        ReaderSource(reader),
+        items,
         _all(len(names)),
         _digest(parts),
         names=names,

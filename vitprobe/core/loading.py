@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,20 @@ from torch.utils.data import Dataset
 
 from vitprobe.core.images import Images
 from vitprobe.core.models import Model
+from vitprobe.core.pictures import GoneError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image without pixels.
+
+    Attributes:
+        reason: in one line.
+        gone: it was there when the run began; nothing is known about the picture itself.
+    """
+
+    reason: str
+    gone: bool = False
 
 
 class TransformedImages(Dataset):
@@ -27,22 +42,24 @@ class TransformedImages(Dataset):
         self.group_of_model = [groups.index(key) for key in keys]
         self.transforms = [models[keys.index(group)].transform for group in groups]
 
-    def __getitem__(self, position: int) -> list[Tensor] | str:
+    def __getitem__(self, position: int) -> list[Tensor] | Failure:
         try:
             image = self.images.open(position)
+        except GoneError as error:
+            return Failure(str(error), gone=True)
         except Exception as error:
             # Decoders of damaged pictures raise anything; it is told, and too many stop the run.
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return Failure(f"{type(error).__name__}: {error}".splitlines()[0])
         if isinstance(image, Tensor):
             return [image]
         return [transform(image) for transform in self.transforms if transform is not None]
 
-    def __getitems__(self, positions: list[int]) -> list[tuple[int, list[Tensor] | str]]:
+    def __getitems__(self, positions: list[int]) -> list[tuple[int, list[Tensor] | Failure]]:
         return [(position, self[position]) for position in positions]
 
 
-def collate(items: list[tuple[int, list[Tensor] | str]]) -> Any:
-    good = [(position, item) for position, item in items if not isinstance(item, str)]
-    failures = [(position, item) for position, item in items if isinstance(item, str)]
+def collate(items: list[tuple[int, list[Tensor] | Failure]]) -> Any:
+    good = [(position, item) for position, item in items if not isinstance(item, Failure)]
+    failures = [(position, item) for position, item in items if isinstance(item, Failure)]
     columns = [torch.stack(column) for column in zip(*(item for _, item in good))]
     return columns, np.array([position for position, _ in good], dtype=np.int64), failures

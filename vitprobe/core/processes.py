@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# A process that has done its share waits for the slowest one; torchrun sees to it that nobody
+# waits for a dead one, so the group itself need not give up.
+PATIENCE = timedelta(days=30)
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that draws and prints."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def on_this_machine() -> int:
+    """How many processes of the run share this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def join(device: torch.device) -> tuple[int, int]:
@@ -22,15 +33,38 @@ def join(device: torch.device) -> tuple[int, int]:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return dist.get_rank(), dist.get_world_size()
+
+
+def joined() -> bool:
+    """Whether this process belongs to a group by now."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def leave() -> None:
+    """Leave the group, if there is one; all of its processes have what they need."""
+    if joined():
+        torch.distributed.destroy_process_group()
+
+
+def from_main_process(flags: np.ndarray, device: torch.device) -> np.ndarray:
+    """The flags (bool) of rank 0, for every process."""
+    there = torch.from_numpy(flags.astype(np.uint8)).to(_home(device))
+    torch.distributed.broadcast(there, 0)
+    return there.cpu().numpy().astype(bool)
 
 
 def sum_over_processes(state: dict[str, Tensor], device: torch.device) -> None:
     """Every process's totals become those of all."""
-    import torch.distributed as dist
-
     for total in state.values():
-        there = total.to(device)
-        dist.all_reduce(there)
+        there = total.to(_home(device))
+        torch.distributed.all_reduce(there)
         total.copy_(there)
+
+
+def _home(device: torch.device) -> torch.device:
+    """Where the group exchanges tensors: nccl on CUDA, gloo on the host."""
+    return device if device.type == "cuda" else torch.device("cpu")

@@ -8,70 +8,30 @@ behind progress, resume after a kill, and several processes.
 from __future__ import annotations
 
 import os
-import platform
-import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from vitprobe._version import __version__
-from vitprobe.core import processes
-from vitprobe.core.checkpoint import Checkpoint
+from vitprobe.core import memory, processes
+from vitprobe.core.checkpoint import Checkpoint, Saves, UntilWritten
+from vitprobe.core.devices import exact, prepared, resolve_device
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.images import BROKEN_FRACTION_ALLOWED, Images, open_images
-from vitprobe.core.loading import TransformedImages, collate
+from vitprobe.core.interrupts import HeldBack, Interrupted
+from vitprobe.core.loading import Failure, TransformedImages, collate
 from vitprobe.core.models import Model, load_models
+from vitprobe.core.options import Options
+from vitprobe.core.provenance import models_meta, versions
 
 Sums = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every measurement over images can be told; the commands' options of the same names.
-
-    Attributes:
-        num_images: how many images, drawn by ``seed``; all by default.
-        batch_size: images a batch, at most; all batches are of one size or differ by one image.
-        image_size: side in pixels for models that allow another one than their own.
-        device: ``auto`` (cuda, mps, cpu in this order), or one by name.
-        precision: ``fp32``, or ``bf16`` (autocast).
-        seed: of the choice and order of images, and of untrained weights.
-        workers: processes that decode images; chosen by the number of processors if None.
-        quiet: no progress bar.
-        checkpoint: where the state of an unfinished run is kept (a path without suffix), or None.
-        save_every: seconds between two saves of it.
-        fresh: start over, whatever the checkpoint holds.
-    """
-
-    num_images: int | None = None
-    batch_size: int = 32
-    image_size: int | None = None
-    device: str = "auto"
-    precision: str = "fp32"
-    seed: int = 0
-    workers: int | None = None
-    quiet: bool = True
-    checkpoint: Path | None = None
-    save_every: float = 30.0
-    fresh: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise VitprobeError(f"--batch-size must be at least 1, not {self.batch_size}.")
-        if self.image_size is not None and self.image_size < 1:
-            raise VitprobeError(f"--image-size must be at least 1, not {self.image_size}.")
-        if self.precision not in ("fp32", "bf16"):
-            raise VitprobeError(f"--precision must be fp32 or bf16, not {self.precision!r}.")
 
 
 @dataclass(frozen=True)
@@ -84,10 +44,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.positions)
-
-
-class Interrupted(Exception):
-    """Ctrl-C; the message says how to go on."""
 
 
 class Session:
@@ -107,12 +63,12 @@ class Session:
         found = []
         for position in range(len(self.images)):
             item = self._dataset[position]
-            if not isinstance(item, str):
+            if not isinstance(item, Failure):
                 found.append(item)
             if len(found) == count:
                 break
         if not found:
-            raise VitprobeError(f"No image of {self.images.source} can be read: {item}")
+            raise VitprobeError(f"No image of {self.images.source} can be read: {item.reason}")
         while len(found) < count:
             found.append(found[-1])
         return self._to_models([torch.stack(column) for column in zip(*found)])
@@ -138,6 +94,7 @@ class Session:
         *,
         decides: dict[str, Any],
         gradients: bool = False,
+        scratch: int = 0,
     ) -> None:
         """Call ``step`` on every batch and leave the totals over all processes in ``sums``.
 
@@ -147,67 +104,137 @@ class Session:
             decides: with the session's own facts, everything that decides the result; a state on
                 disk is gone on with only where all of it agrees.
             gradients: leave autograd on.
+            scratch: bytes that ``step`` needs for a whole batch beside the forward passes.
 
         Raises:
-            VitprobeError: more broken images than allowed, out of memory.
+            VitprobeError: more broken images than allowed, images that have gone, out of memory,
+                another process that has ended.
             Interrupted: on Ctrl-C, after the state has been saved.
         """
         state = dict(sums)
         state["_broken"] = torch.zeros(len(self.images), dtype=torch.float64)
         facts = {**self.fingerprint(), **decides}
         rank, world = processes.join(self.device)
-        checkpoint = Checkpoint(self.options.checkpoint, facts, len(self.batches), rank, world)
+        place = self.options.checkpoint
+        until_written = place if isinstance(place, UntilWritten) else None
+        path = until_written.path if until_written else place
+        checkpoint = Checkpoint(path, facts, len(self.batches), rank)  # type: ignore[arg-type]
         done = checkpoint.load(state, fresh=self.options.fresh)
+        if world > 1:
+            done = processes.from_main_process(done, self.device)
         todo = [b for b in range(len(self.batches)) if not done[b]][rank::world]
         if done.any() and rank == 0 and not self.options.quiet:
             print(f"going on after {int(done.sum())} of {len(done)} batches", file=sys.stderr)
-        mine = done.copy() if rank == 0 else np.zeros_like(done)
         mode = nullcontext() if gradients else torch.inference_mode()
-        saved_at = time.monotonic()
-        try:
-            with mode, self._progress(len(todo), rank) as progress:
-                for batch, failures in self._load(todo):
-                    for position, reason in failures:
-                        state["_broken"][position] += 1
-                        self._tell_broken(position, reason, int(state["_broken"].sum()))
-                    if len(batch):
-                        step(batch)
-                    mine[batch.index] = True
-                    progress.update()
-                    if time.monotonic() - saved_at > self.options.save_every:
-                        checkpoint.save(state, mine)
-                        saved_at = time.monotonic()
-        except KeyboardInterrupt:
-            checkpoint.save(state, mine)
-            raise Interrupted(
-                f"stopped after {int(mine.sum())} of {len(done)} batches; "
-                + ("the same command goes on from there" if checkpoint.path else "nothing is kept")
-            ) from None
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
-                raise
-            smaller = max(1, self.options.batch_size // 2)
-            raise VitprobeError(
-                f"Out of memory on {self.device} at --batch-size {self.options.batch_size}; "
-                f"try --batch-size {smaller}."
-            ) from error
+        with mode:
+            if todo and rank == 0:
+                self._forecast(sums, scratch)
+            self._over(todo, step, state, checkpoint, done if rank == 0 else np.zeros_like(done))
         if world > 1:
-            checkpoint.save(state, mine)
-            processes.sum_over_processes(state, self.device)
+            try:
+                processes.sum_over_processes(state, self.device)
+            except RuntimeError as error:
+                raise VitprobeError(
+                    f"Another process of this run has ended before it was done. {_way(checkpoint)}"
+                ) from error
+            self._check_broken(state)
         self.broken = [self.images.name(int(p)) for p in state["_broken"].nonzero()[:, 0]]
-        if rank == 0:
-            checkpoint.finished()
+        if until_written is not None:
+            until_written.runs.append(checkpoint)
+        elif rank == 0:
+            checkpoint.remove()
+
+    def _over(
+        self,
+        todo: list[int],
+        step: Callable[[Batch], None],
+        state: Sums,
+        checkpoint: Checkpoint,
+        mine: np.ndarray,
+    ) -> None:
+        """The loop over this process's batches; ``mine`` tells which are in ``state``."""
+        saves = Saves(checkpoint, self.options.save_every)
+        with HeldBack() as stops:
+            try:
+                with self._progress(len(todo), checkpoint.rank) as progress:
+                    for batch, failures in self._load(todo):
+                        self._check_gone(failures, checkpoint)
+                        with stops.batch():
+                            for position, failure in failures:
+                                state["_broken"][position] += 1
+                                self._tell_broken(position, failure.reason)
+                            self._check_broken(state)
+                            if len(batch):
+                                step(batch)
+                            mine[batch.index] = True
+                        progress.update()
+                        with stops.saving():
+                            saves.now_and_then(state, mine)
+                if checkpoint.keeps:
+                    with stops.saving():
+                        saves.now(state, mine)
+            except KeyboardInterrupt:
+                with stops.saving():
+                    if not stops.torn:
+                        saves.now(state, mine)
+                text = f"Stopped after {int(mine.sum())} of {len(mine)} batches. "
+                raise Interrupted(text + _way(checkpoint), stops.status) from None
+            except Exception as error:
+                with stops.saving():
+                    if not stops.torn:
+                        saves.now(state, mine)
+                told = self._told(error, checkpoint)
+                if told is None:
+                    raise
+                raise told from error
+
+    def _told(self, error: Exception, checkpoint: Checkpoint) -> VitprobeError | None:
+        """What a user can do about an exception from the loop, where there is something."""
+        size, text = self.options.batch_size, str(error)
+        if memory.ran_out(error):
+            return VitprobeError(
+                f"Out of memory on {self.device} at --batch-size {size}; "
+                + (f"try --batch-size {size // 2}." if size > 1 else "a smaller model may fit.")
+            )
+        if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+            return VitprobeError(
+                "The system has ended a process that decodes images, as it does when memory is "
+                f"short; with --workers 0 there are none. {_way(checkpoint)}"
+            )
+        return None
+
+    def _forecast(self, sums: Sums, scratch: int) -> None:
+        """Warn before the first batch where the run will not fit into memory."""
+        free = memory.free_bytes(self.device)
+        if free is None:
+            return
+        size, on_host = self.options.batch_size, self.device.type == "cpu"
+        # Batches that wait to be taken are in memory too.
+        waiting = 2 * self._workers(len(self.batches)) if on_host else 0
+        with self.autocast():
+            forecast = memory.forecast(
+                [model.module for model in self.models],
+                self.example(),
+                min(size, len(self.images)),
+                waiting,
+                scratch + memory.nbytes(sums.values()),
+            )
+        here = processes.on_this_machine() if on_host else 1
+        warning = forecast.warning(free // here, size) if forecast else None
+        if warning:
+            print(f"vitprobe: {warning}", file=sys.stderr)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides a result in every measurement."""
         options = self.options
         return {
             "models": [model.provenance() for model in self.models],
-            "images": self.images.digest,
+            "images": [self.images.digest, self.images.version],
             "batch_size": options.batch_size,
             "precision": options.precision,
+            "device": self.device.type,
             "seed": options.seed,
-            "vitprobe": __version__,
+            "versions": versions(),
         }
 
     def meta(self, analysis: str) -> dict[str, Any]:
@@ -225,7 +252,7 @@ class Session:
             "device": self.device.type,
         }
 
-    def _load(self, todo: list[int]) -> Iterator[tuple[Batch, list[tuple[int, str]]]]:
+    def _load(self, todo: list[int]) -> Iterator[tuple[Batch, list[tuple[int, Failure]]]]:
         workers = self._workers(len(todo))
         loader = DataLoader(
             self._dataset,
@@ -242,7 +269,10 @@ class Session:
             return self.options.workers
         if self.images.are_tensors or batches < 2:
             return 0
-        return min(8, max(1, (os.cpu_count() or 1) // 2))
+        # Not all processors of a shared machine are this process's, nor this process's alone.
+        mine = getattr(os, "sched_getaffinity", None)
+        usable = len(mine(0)) if mine else os.cpu_count() or 1
+        return min(8, max(1, usable // 2 // processes.on_this_machine()))
 
     def _to_models(self, columns: list[Tensor]) -> list[Tensor]:
         inputs = []
@@ -256,33 +286,31 @@ class Session:
         silent = self.options.quiet or rank > 0 or not sys.stderr.isatty()
         return tqdm(total=total, unit="batch", disable=silent, file=sys.stderr)
 
-    def _tell_broken(self, position: int, reason: str, count: int) -> None:
+    def _tell_broken(self, position: int, reason: str) -> None:
         print(f"skipped {self.images.name(position)}: {reason}", file=sys.stderr)
-        if count > BROKEN_FRACTION_ALLOWED * len(self.images):
+
+    def _check_broken(self, state: Sums) -> None:
+        count, n = int((state["_broken"] > 0).sum()), len(self.images)
+        if count > BROKEN_FRACTION_ALLOWED * n:
+            last = self.images.name(int(state["_broken"].nonzero()[-1]))
             raise VitprobeError(
-                f"{count} of {len(self.images)} images of {self.images.source} cannot be read "
-                f"(the last: {self.images.name(position)}), more than "
-                f"{BROKEN_FRACTION_ALLOWED:.0%}."
+                f"{count} of {n} images of {self.images.source} cannot be read (among them: "
+                f"{last}), more than {BROKEN_FRACTION_ALLOWED:.0%}."
             )
 
+    def _check_gone(self, failures: list[tuple[int, Failure]], checkpoint: Checkpoint) -> None:
+        """Pictures that vanish in mid-run are not broken: leaving them out would be wrong."""
+        for position, failure in failures:
+            if failure.gone:
+                raise VitprobeError(
+                    f"{self.images.name(position)} of {self.images.source} cannot be reached any "
+                    f"more: {failure.reason}. {_way(checkpoint)}"
+                )
 
-def models_meta(analysis: str, models: list[Model], seed: int) -> dict[str, Any]:
-    """The provenance of a result on weights alone; with images, see ``Session.meta``."""
-    import timm
 
-    return {
-        "analysis": analysis,
-        "models": [model.provenance() for model in models],
-        "seed": seed,
-        "versions": {
-            "vitprobe": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "command": _command(),
-    }
+def _way(checkpoint: Checkpoint) -> str:
+    """How to go on after a run that ended early."""
+    return "The same command goes on from there." if checkpoint.keeps else "Nothing is kept."
 
 
 @contextmanager
@@ -315,58 +343,16 @@ def session(
                 f"images as a float tensor (n, C, H, W)."
             )
     ready = Session(loaded, opened, options, at_least)
-    with _prepared([model.module for model in loaded], ready.device), _exact(ready.device):
-        yield ready
-
-
-def _command() -> str:
-    """The command line, without the place where the program is installed."""
-    program = Path(sys.argv[0]) if sys.argv else Path()
-    name = (
-        f"python -m vitprobe.{program.stem}" if program.parent.name == "vitprobe" else program.name
-    )
-    return " ".join([name, *map(shlex.quote, sys.argv[1:])])
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` or a device by name."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise VitprobeError(f"The device {name!r} is not to be had on this machine.") from error
-    return device
-
-
-@contextmanager
-def _prepared(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Evaluation mode on a device; every module's own mode and device come back afterwards."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    homes = [next((t.device for t in _tensors(module)), None) for module in modules]
-    try:
-        for module in modules:
-            module.eval().to(device)
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-        for module, home in zip(modules, homes):
-            if home is not None and home != device:
-                module.to(home)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _exact(device: torch.device) -> AbstractContextManager[Any]:
-    """fp32 means fp32: cuDNN's convolutions would use TF32 by default."""
-    return torch.backends.cudnn.flags(allow_tf32=False) if device.type == "cuda" else nullcontext()
+        with prepared([model.module for model in loaded], ready.device), exact(ready.device):
+            yield ready
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        raise VitprobeError(
+            f"Out of memory on {ready.device} for {options.batch_size} images a batch and "
+            f"{' and '.join(model.name for model in loaded)}."
+        ) from error
 
 
 def _batches(n: int, batch_size: int, at_least: int = 1) -> list[np.ndarray]:

@@ -1,0 +1,96 @@
+"""Ctrl-C, a closed terminal and the system's request to end, held back while sums change.
+
+A batch is added to several sums one after the other. A run that stopped in between and saved them
+would add the batch again when it is resumed, and count a part of it twice.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Ctrl-C under torchrun arrives twice, from the terminal and from torchrun; somebody who presses it
+# again after this many seconds does not want to wait for the batch to end.
+AGAIN_S = 1.0
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop; the message says how to go on.
+
+    Attributes:
+        status: exit status of the process, 130 for Ctrl-C.
+    """
+
+    def __init__(self, message: str, status: int = 130) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class HeldBack:
+    """Within it ``KeyboardInterrupt`` comes between batches only.
+
+    Handlers that others have set are left alone, and so are all outside the main thread.
+
+    Attributes:
+        torn: a batch has begun to change the sums and has not ended.
+        status: exit status that belongs to the signal that came.
+    """
+
+    def __init__(self) -> None:
+        self.torn = False
+        self.status = 128 + signal.SIGINT
+        self._holding = False
+        self._first: float | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> HeldBack:
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        if hasattr(signal, "SIGHUP"):
+            usual[signal.SIGHUP] = signal.SIG_DFL
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in usual.items():
+                if signal.getsignal(number) == handler:
+                    self._before[number] = signal.signal(number, self._arrived)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Around everything that changes the sums; a signal that came meanwhile stops the run."""
+        self._holding = True
+        self.torn = True
+        yield
+        self.torn = False
+        self._holding = False
+        self._stop_if_asked()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save; a signal that came meanwhile stops the run unless it is stopping."""
+        stopping, self._holding = self._first is not None, True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if not stopping:
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self._first is not None:
+            raise KeyboardInterrupt
+
+    def _arrived(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self.status = now, 128 + number
+            if not self._holding:
+                raise KeyboardInterrupt
+        elif now - self._first > AGAIN_S:
+            raise KeyboardInterrupt

@@ -1,0 +1,123 @@
+"""One picture: decoded within bounds, upright, 8-bit RGB; and where pictures come from.
+
+A source opens the picture at a position and raises what its decoder raises, or ``GoneError``.
+"""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+# Files are opened as one of these formats only: some others run a program (EPS) to be read.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Pillow's own bound against small files that unfold to fill the memory; callers can lift that one.
+MAX_PIXELS = 178_956_970
+# A resized shorter side makes a picture beyond this as long as a large one is big.
+MAX_ASPECT = 100
+# Errors of a file for itself; all others of the system mean that the images cannot be reached.
+_OF_THE_FILE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+class GoneError(Exception):
+    """An image that was there when the run began cannot be reached any more."""
+
+
+def decoded(file: IO[bytes] | Path) -> Image.Image:
+    """The picture in a file, as ``rgb`` gives it.
+
+    Raises:
+        ValueError: more pixels, or longer in one direction, than can be decoded within bounds.
+        Exception: anything else that a decoder of a damaged picture raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        Image.init()
+        try:
+            image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        except Image.DecompressionBombError:
+            raise ValueError(f"more than {MAX_PIXELS:,} pixels are not decoded") from None
+    with image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"more than {MAX_PIXELS:,} pixels are not decoded")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise ValueError(f"{width} × {height} pixels are longer than {MAX_ASPECT} to 1")
+        return rgb(image)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it: upright, first frame, 8-bit RGB.
+
+    16-bit and floating-point greys are scaled to 8 bits; PIL's own conversion clips them to white.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        top = 65535.0 if image.mode.startswith("I") else max(float(grey.max()), 0.0) or 1.0
+        image = Image.fromarray((255 * (grey / top).clip(0, 1)).round().astype(np.uint8))
+    if image.mode == "P":
+        # A palette with transparency warns unless it goes through RGBA.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+class ReaderSource:
+    """Pictures behind one of timm's readers: a folder, a tar, a Hugging Face dataset.
+
+    Args:
+        reader: gives (file or PIL image, label).
+        absent: indices of files that were not there from the start (links to nowhere).
+    """
+
+    def __init__(self, reader: Any, absent: frozenset[int] = frozenset()) -> None:
+        self.reader = reader
+        self.absent = absent
+
+    def __getitem__(self, index: int) -> Image.Image:
+        try:
+            picture = self.reader[index][0]
+            if isinstance(picture, Image.Image):
+                return rgb(picture)
+            with picture:
+                return decoded(picture)
+        except OSError as error:
+            # Decoders' own errors have no number of the system's.
+            if error.errno is None or error.errno in _OF_THE_FILE or index in self.absent:
+                raise
+            raise GoneError(error.strerror) from error
+
+
+class DatasetSource:
+    """Pictures of a map-style dataset that gives (PIL image, label)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return rgb(self.dataset[index][0])
+
+
+class ArraySource:
+    """A uint8 array (n, H, W, 3)."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.array[index])
+
+
+class TensorSource:
+    """A float tensor (n, C, H, W) that goes to every model as it is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.tensor[index]
