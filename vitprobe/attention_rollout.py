@@ -73,11 +73,6 @@ class AttentionRolloutResult(Result):
 
     analysis: ClassVar[str] = "attention_rollout"
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
-
     def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(picture, map) of one map, without padding."""
         about = self.meta["maps"][self.model_of_map[index]]

@@ -102,11 +102,6 @@ class LocalizationResult(Result):
 
     analysis: ClassVar[str] = "localization"
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
-
     def of(self, layer: int) -> np.ndarray:
         """(rows, columns, rows, columns) of one layer: row and column of token, then of patch."""
         rows, columns = self.grids[layer]
@@ -140,7 +135,7 @@ class LocalizationResult(Result):
             return figure
 
     def _last_layers(self) -> list[int]:
-        return [int(np.flatnonzero(self.model_of_layer == m)[-1])
+        return [int(self.rows_of(m)[-1])
                 for m in np.unique(self.model_of_layer)]  # fmt: skip
 
     def _token_maps(self, row: Any, layer: int) -> Any:
@@ -221,7 +216,7 @@ class LocalizationResult(Result):
         )
 
     def _earlier_unit(self, model: int, last: int) -> Finding:
-        rows = np.flatnonzero(self.model_of_layer == model)
+        rows = self.rows_of(model)
         middle = rows[len(rows) // 2]
         gap = float(self.contrast[middle] - self.contrast[last])
         error = float(np.hypot(self.contrast_se[middle], self.contrast_se[last]))

@@ -79,11 +79,6 @@ class PatchEmbeddingResult(Result):
 
     analysis: ClassVar[str] = "patch_embedding"
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
-
     def of(self, model: int) -> np.ndarray:
         """(components, height, width, channels) of a model, without padding."""
         tiles = self.components[self.model_of_component == model]

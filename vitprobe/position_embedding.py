@@ -71,11 +71,6 @@ class PositionEmbeddingResult(Result):
 
     analysis: ClassVar[str] = "position_embedding"
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
-
     def of(self, table: int) -> np.ndarray:
         """(rows, columns, rows, columns) of one table."""
         rows, columns = self.meta["tables"][table]["grid"]
@@ -130,7 +125,7 @@ class PositionEmbeddingResult(Result):
 
     def _biases(self, ax: Any, model: int) -> Any:
         """The first heads of the first, middle and last layer; offset 0 in the middle of a tile."""
-        rows = np.flatnonzero(self.model_of_layer == model)
+        rows = self.rows_of(model)
         chosen = list(dict.fromkeys([rows[0], rows[len(rows) // 2], rows[-1]]))
         shown = self.bias[chosen][:, :SHOWN_HEADS]
         finite = np.isfinite(shown)

@@ -108,11 +108,6 @@ class ReceptiveFieldResult(Result):
 
     analysis: ClassVar[str] = "receptive_field"
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
-
     def field(self, layer: int) -> np.ndarray:
         """(H, W) of a layer, without the end that pads it."""
         rows, columns = self.meta["sides"][self.model_of_layer[layer]]
@@ -138,7 +133,7 @@ class ReceptiveFieldResult(Result):
             return figure
 
     def _fields(self, figure: Any, place: Any, model: int, log: bool, panels: int) -> None:
-        mine = np.flatnonzero(self.model_of_layer == model)
+        mine = self.rows_of(model)
         count = min(panels, len(mine))
         axes = place.subgridspec(1, panels).subplots(squeeze=False)[0]
         chosen = mine[np.linspace(0, len(mine) - 1, count).round().astype(int)]
@@ -173,7 +168,7 @@ class ReceptiveFieldResult(Result):
         """Both areas against depth; untrained models dotted, in the colour of their name."""
         names = [name.removesuffix(" (random)") for name in self.models]
         for model, name in enumerate(self.models):
-            rows = np.flatnonzero(self.model_of_layer == model)
+            rows = self.rows_of(model)
             depth = (np.arange(len(rows)) + 1) / len(rows)
             colour = drawing.COLOURS[names.index(names[model]) % len(drawing.COLOURS)]
             untrained = self.meta["models"][model]["weights"].startswith("random")

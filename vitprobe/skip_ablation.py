@@ -74,11 +74,6 @@ class SkipAblationResult(Result):
 
     analysis: ClassVar[str] = "skip_ablation"
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
-
     def plot(self, ax: Any = None) -> Any:
         """One heat map a panel, the block marked; on ``ax``, CKA across each block."""
         with drawing.style():

@@ -95,15 +95,10 @@ class SkipRatioResult(Result):
 
     analysis: ClassVar[str] = "skip_ratio"
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
-
     def of(self, model: int, kind: str | None = None) -> np.ndarray:
         """Rows of a model, or of one kind of its additions."""
-        mine = self.model_of_layer == model
-        return np.flatnonzero(mine if kind is None else mine & (self.kind == kind))
+        mine = self.rows_of(model)
+        return mine if kind is None else mine[self.kind[mine] == kind]
 
     def plot(self, ax: Any = None) -> Any:
         """Heat maps (tokens × additions) and lines against depth; on ``ax``, the ratio lines."""

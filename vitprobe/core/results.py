@@ -107,6 +107,23 @@ class Result:
 
     analysis: ClassVar[str] = ""
 
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def rows_of(self, model: int | str) -> np.ndarray:
+        """Indices of the layers of a model, given by its number or its name.
+
+        Raises:
+            VitprobeError: no model of this name.
+        """
+        if isinstance(model, str):
+            if model not in self.models:
+                raise VitprobeError(f"{model!r} is none of {', '.join(self.models)}.")
+            model = self.models.index(model)
+        return np.flatnonzero(self.arrays()["model_of_layer"] == model)
+
     def plot(self, ax: Any = None) -> Any:
         """Draw on ``ax`` and return it, or on a new figure and return that; computes nothing."""
         raise NotImplementedError
