@@ -72,6 +72,13 @@ class AttentionDistanceResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "attention_distance"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "distance_px": ("layer", "head"),
+        "distance_se": ("layer", "head"),
+        "uniform_px": ("layer",),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
 
     def of(self, model: int) -> np.ndarray:
         """Rows of a model."""

@@ -30,6 +30,7 @@ from vitprobe.core.images import Images, open_images
 from vitprobe.core.models import Model, load_models
 from vitprobe.core.results import Result
 from vitprobe.core.running import Batch, Options, session
+from vitprobe.core.tables import Label
 
 PICTURES, PHOTOGRAPH_SIDE = 4, 64
 
@@ -72,6 +73,15 @@ class AttentionRolloutResult(Result):
     model_of_map: np.ndarray
 
     analysis: ClassVar[str] = "attention_rollout"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "rollout": ("picture", "row", "column"),
+        "model_of_map": ("picture",),
+    }
+
+    def labels(self) -> list[Label]:
+        """Which picture a map is of, counted from 0."""
+        pictures = len(self.rollout) // len(self.meta["maps"])
+        return [Label("picture", np.arange(len(self.rollout)) % pictures, ("picture",))]
 
     def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(picture, map) of one map, without padding."""

@@ -52,6 +52,12 @@ class CKAResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "cka"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "cka": ("layer", "layer_2"),
+        "cka_se": ("layer", "layer_2"),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
 
     def of(self, a: int | str, b: int | str | None = None) -> np.ndarray:
         """The block of ``cka`` of two models (rows of ``a``, columns of ``b``), or of one."""

@@ -69,6 +69,17 @@ class LinearProbeResult(Result):
     penalty: np.ndarray
 
     analysis: ClassVar[str] = "linear_probe"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "accuracy": ("layer", "readout"),
+        "accuracy_se": ("layer", "readout"),
+        "penalty": ("layer", "readout"),
+        "depth": ("layer",),
+        "accuracy_of_draw": ("draw", "layer", "readout"),
+        "place_accuracy": ("layer", "row", "column"),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+        "readouts": ("readout",),
+    }
 
     def plot(self, ax: Any = None) -> Any:
         """Accuracy against depth, a line a readout and a panel a model; below it the token grid.

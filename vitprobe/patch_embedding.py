@@ -25,6 +25,7 @@ from vitprobe.core.errors import VitprobeError
 from vitprobe.core.models import Model, load_models
 from vitprobe.core.results import Finding, Result, decide
 from vitprobe.core.running import models_meta
+from vitprobe.core.tables import Label
 
 COMPONENTS, ROWS, COLUMNS = 28, 4, 7
 # White noise has a smoothness of 0 and a picture nearly 1; "smooth" is ours.
@@ -78,6 +79,15 @@ class PatchEmbeddingResult(Result):
     model_of_component: np.ndarray
 
     analysis: ClassVar[str] = "patch_embedding"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "explained_variance_ratio": ("component",),
+        "components": ("component", "row", "column", "channel"),
+        "model_of_component": ("component",),
+    }
+
+    def labels(self) -> list[Label]:
+        """Components counted within each model."""
+        return [Label("component", np.arange(len(self.components)) % COMPONENTS, ("component",))]
 
     def of(self, model: int) -> np.ndarray:
         """(components, height, width, channels) of a model, without padding."""

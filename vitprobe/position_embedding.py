@@ -29,6 +29,7 @@ from vitprobe.core.models import load_models
 from vitprobe.core.positions import find_biases, find_table, resample
 from vitprobe.core.results import Finding, Result, decide
 from vitprobe.core.running import models_meta
+from vitprobe.core.tables import Label
 
 SHOWN_TILES, SHOWN_HEADS = 14, 8
 
@@ -70,6 +71,25 @@ class PositionEmbeddingResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "position_embedding"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "similarity": ("row", "column", "other_row", "other_column"),
+        "bias": ("layer", "head", "vertical_offset", "horizontal_offset"),
+        "table_of_row": ("row",),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
+
+    def labels(self) -> list[Label]:
+        """Names of tables, rows counted within each, and offsets from the middle."""
+        tables = np.array([about["label"] for about in self.meta["tables"]], dtype=str)
+        first = np.searchsorted(self.table_of_row, self.table_of_row)
+        high, wide = self.bias.shape[2:]
+        return [
+            Label("table", tables, ("table",)),
+            Label("row", np.arange(len(first)) - first, ("row",)),
+            Label("vertical_offset", np.arange(high) - high // 2, ("vertical_offset",)),
+            Label("horizontal_offset", np.arange(wide) - wide // 2, ("horizontal_offset",)),
+        ]
 
     def of(self, table: int) -> np.ndarray:
         """(rows, columns, rows, columns) of one table."""

@@ -107,6 +107,31 @@ class ReceptiveFieldResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "receptive_field"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "area50": ("layer",),
+        "area50_se": ("layer",),
+        "area90": ("layer",),
+        "area90_se": ("layer",),
+        "centre": ("layer",),
+        "centre_se": ("layer",),
+        "box": ("layer", "edge"),
+        "trends": ("model", "trend"),
+        "trends_se": ("model", "trend"),
+        "gradient": ("layer", "row", "column"),
+        "gradient_se": ("layer", "row", "column"),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
+    names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "edge": ("first row", "first column", "last row", "last column"),
+        "trend": (
+            "area90, lowest third",
+            "area90, half depth",
+            "area90, highest third",
+            "centre cell minus largest other, half depth",
+            "centre, sum minus attention",
+        ),
+    }
 
     def field(self, layer: int) -> np.ndarray:
         """(H, W) of a layer, without the end that pads it."""

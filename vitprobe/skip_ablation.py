@@ -73,6 +73,20 @@ class SkipAblationResult(Result):
     loss: np.ndarray
 
     analysis: ClassVar[str] = "skip_ablation"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "means": ("panel", "mean"),
+        "means_se": ("panel", "mean"),
+        "loss": ("panel", "statistic"),
+        "side": ("panel", "layer"),
+        "cka": ("panel", "layer", "layer_2"),
+        "layers": ("panel", "layer"),
+        "block": ("panel",),
+        "model_of_panel": ("panel",),
+    }
+    names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "mean": ("across", "within", "across, with skips", "within, with skips"),
+        "statistic": ("loss across", "its standard error"),
+    }
 
     def plot(self, ax: Any = None) -> Any:
         """One heat map a panel, the block marked; on ``ax``, CKA across each block."""

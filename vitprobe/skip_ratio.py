@@ -94,6 +94,23 @@ class SkipRatioResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "skip_ratio"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "ratio": ("layer", "token"),
+        "ratio_se": ("layer", "token"),
+        "cosine": ("layer", "token"),
+        "cosine_se": ("layer", "token"),
+        "spatial": ("layer",),
+        "spatial_se": ("layer",),
+        "log_ratio": ("model", "part"),
+        "log_ratio_se": ("model", "part"),
+        "zeros": ("layer", "token"),
+        "kind": ("layer",),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
+    names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "part": ("class minus spatial, first half", "class minus spatial, second half", "spatial"),
+    }
 
     def of(self, model: int, kind: str | None = None) -> np.ndarray:
         """Rows of a model, or of one kind of its additions."""

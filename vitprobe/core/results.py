@@ -20,6 +20,7 @@ import numpy as np
 
 from vitprobe.core.checkpoint import write_atomically
 from vitprobe.core.errors import VitprobeError
+from vitprobe.core.tables import Label, as_csv, as_dataframe, long_table
 
 FORMATS = ("png", "pdf", "svg")
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this n"
@@ -106,6 +107,9 @@ class Result:
     meta: dict[str, Any]
 
     analysis: ClassVar[str] = ""
+    # Array -> names of its axes, and axis -> names of its places: what tables are made from.
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {}
+    names: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @property
     def models(self) -> list[str]:
@@ -131,6 +135,39 @@ class Result:
     def findings(self) -> list[Finding]:
         """The papers' claims that apply to these models, each with its verdict and numbers."""
         return []
+
+    def labels(self) -> list[Label]:
+        """What tables say of places beside the text arrays and ``model_of_...`` and the like."""
+        return []
+
+    def to_csv(self, path: str | Path, quantities: Sequence[str] = ()) -> Path:
+        """Write the numbers as a long table (tidy data): one number a row; see ``core.tables``.
+
+        Columns: ``quantity`` (the array's name); where the number stands (``model``, ``layer``,
+        ``head``, ...; a second layer in ``model_2``, ``layer_2``); ``value``; ``standard_error``.
+        Undefined values have no row.
+
+        Args:
+            path: of the file.
+            quantities: names of arrays; all by default.
+
+        Returns:
+            the path.
+
+        Raises:
+            VitprobeError: no such quantity, or the file cannot be written.
+        """
+        text = as_csv(long_table(self, quantities))
+        write_atomically({Path(path): text.encode()})
+        return Path(path)
+
+    def to_dataframe(self, quantities: Sequence[str] = ()) -> Any:
+        """The table of ``to_csv`` as ``pandas.DataFrame``.
+
+        Raises:
+            VitprobeError: no such quantity, or pandas is not installed.
+        """
+        return as_dataframe(long_table(self, quantities))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays as the file holds them, by name."""
