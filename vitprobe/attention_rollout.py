@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vitprobe.core import cli, drawing
 from vitprobe.core.attention import AttentionMap, map_attention, observe
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable
 from vitprobe.core.images import Images, open_images
 from vitprobe.core.models import Model, load_models
 from vitprobe.core.results import Result
@@ -201,9 +201,10 @@ def _one_set_of_tokens(found: AttentionMap) -> AttentionMap:
     for layer in found.layers:
         for side in (layer.queries, layer.keys):
             if len(side) > 1 or not np.array_equal(side, first.queries, equal_nan=True):
-                raise VitprobeError(
+                raise NotApplicable(
                     f"{found.model} has no attention rollout: {layer.label} attends within windows "
-                    f"or among other tokens than {first.label}."
+                    f"or among other tokens than {first.label}.",
+                    found.model,
                 )
     return found
 
@@ -215,7 +216,9 @@ def _grid(found: AttentionMap) -> tuple[int, int]:
     columns, rows = (len(np.unique(places[:, axis])) for axis in (0, 1))
     order = np.lexsort((places[:, 0], places[:, 1]))
     if rows * columns != len(places) or not np.array_equal(order, np.arange(len(places))):
-        raise VitprobeError(f"{found.model} has no attention rollout: its patches form no grid.")
+        raise NotApplicable(
+            f"{found.model} has no attention rollout: its patches form no grid.", found.model
+        )
     return rows, columns
 
 

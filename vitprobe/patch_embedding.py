@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vitprobe.core import cli, drawing
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.models import Model, load_models
 from vitprobe.core.results import Finding, Result, decide
 from vitprobe.core.running import models_meta
@@ -201,7 +201,7 @@ def stem_filters(model: Model) -> tuple[str, Tensor]:
         side = round((weight[0].numel() / 3) ** 0.5)
         if isinstance(module, nn.Linear) and 3 * side**2 == weight.shape[1]:
             return name, weight.unflatten(1, (side, side, 3))
-    raise VitprobeError(f"{model.name} has no layer of filters that look at pixels.")
+    raise NotApplicable(f"{model.name} has no layer of filters that look at pixels.", model.name)
 
 
 def _stems(module: nn.Module) -> list[tuple[str, Any]]:

@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from vitprobe.core import cli, drawing
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.models import load_models
 from vitprobe.core.positions import find_biases, find_table, resample
 from vitprobe.core.results import Finding, Result, decide
@@ -287,9 +287,10 @@ def measure(
     for i, model in enumerate(loaded):
         table, found = find_table(model), find_biases(model)
         if table is None and not found:
-            raise VitprobeError(
+            raise NotApplicable(
                 f"{model.name} has no position embedding to show: no table of one vector a patch, "
-                f"and no relative-position bias."
+                f"and no relative-position bias.",
+                model.name,
             )
         biases += [(i, label, bias) for label, bias in found]
         if table is None:

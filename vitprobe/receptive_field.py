@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from vitprobe.core import cli, drawing
 from vitprobe.core.centre_gradients import Site, centres, frozen, rows_of_jacobian
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.hsic import jackknife
 from vitprobe.core.images import open_images
 from vitprobe.core.layers import map_layers
@@ -381,7 +381,9 @@ def _plan(
             if places:
                 sites.append(Site(layer.label, layer, places))
         if not sites:
-            raise VitprobeError(f"No layer of {model.name} that was asked for has a centre.")
+            raise NotApplicable(
+                f"No layer of {model.name} that was asked for has a centre.", model.name
+            )
         # A branch stands before the sum that it goes into, and sees no farther.
         whole = [site for site in sites if not site.branch]
         at = [site.centre for site in whole]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vitprobe.core import cli, drawing
 from vitprobe.core.capture import capture
-from vitprobe.core.errors import VitprobeError, nearest
+from vitprobe.core.errors import NotApplicable, VitprobeError, nearest
 from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
 from vitprobe.core.layers import Layer, LayerMap, map_layers
 from vitprobe.core.results import Finding, Result, decide, plus_minus
@@ -306,7 +306,9 @@ def choose_blocks(found: LayerMap, asked: Sequence[str | int] | None) -> list[st
     """Names of blocks, asked for by name or index."""
     known = block_names(found)
     if not known:
-        raise VitprobeError(f"{found.model} has no residual additions: no skips to remove.")
+        raise NotApplicable(
+            f"{found.model} has no residual additions: no skips to remove.", found.model
+        )
     if asked is None:
         asked = [min(len(known) - 1, max(1, round(len(known) * depth))) for depth in DEPTHS]
     chosen = []

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.core import cli, drawing
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.layers import Layer, LayerMap, map_layers
 from vitprobe.core.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.core.places import CHANNELS_FIRST, find_places
@@ -303,7 +303,9 @@ def _plan(ready: Session, m: int, example: Tensor) -> _Plan:
         found = map_layers(model.name, model.module, example)
     layers = [layer for layer in found.layers if layer.addition is not None]
     if not layers:
-        raise VitprobeError(f"{model.name} has no residual additions: no skips to measure.")
+        raise NotApplicable(
+            f"{model.name} has no residual additions: no skips to measure.", model.name
+        )
     side = example.shape[-2], example.shape[-1]
     places = [find_places(layer, model.module, side) for layer in layers]
     shapes = {layer.shape[:1] if len(layer.shape) == 2 else () for layer in layers}
