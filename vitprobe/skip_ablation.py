@@ -114,10 +114,10 @@ class SkipAblationResult(Result):
         values = self.cka[panel, : len(names), : len(names)]
         low = min(0.0, float(np.nanmin(self.cka))) if np.isfinite(self.cka).any() else 0.0
         image = drawing.heat_map(ax, values, vmin=low, vmax=1)
-        if first:
-            drawing.layer_axis(ax.yaxis, names, "layer")
-        else:
-            ax.set_yticks([])
+        for axis in (ax.xaxis, ax.yaxis):
+            drawing.layer_axis(axis, names, "layer")
+        if not first:
+            ax.set(yticks=[], ylabel="")
         ax.set(xticks=[], xlabel="layer, same order")
         title = drawing.short(self.models[self.model_of_panel[panel]], 34)
         if self.block[panel]:

@@ -191,11 +191,12 @@ class Result:
             stem = stem.with_suffix("")
         figure = self.plot()
         contents = {Path(f"{stem}.{name}"): render(figure, name) for name in formats}
-        contents[Path(f"{stem}.npz")] = self._npz()
+        contents[Path(f"{stem}.npz")] = self.npz()
         write_atomically(contents)
         return list(contents)
 
-    def _npz(self) -> bytes:
+    def npz(self) -> bytes:
+        """The file that ``save`` writes and ``load_result`` reads."""
         arrays: Any = self.arrays()
         for name, array in arrays.items():
             if array.dtype == object:

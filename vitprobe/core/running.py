@@ -279,7 +279,7 @@ def models_meta(analysis: str, models: list[Model], seed: int) -> dict[str, Any]
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "command": _command(),
+        "command": command_line(),
     }
 
 
@@ -311,7 +311,7 @@ def session(
         yield ready
 
 
-def _command() -> str:
+def command_line() -> str:
     """The command line, without the place where the program is installed."""
     program = Path(sys.argv[0]) if sys.argv else Path()
     name = (
