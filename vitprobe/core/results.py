@@ -6,6 +6,8 @@ figure again without the models.
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import json
 import math
@@ -204,6 +206,24 @@ class Result:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, meta=np.array(json.dumps(self.meta, allow_nan=False)), **arrays)
         return buffer.getvalue()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the figure, and the claims with their verdicts under it."""
+        picture = base64.b64encode(self._repr_png_()).decode()
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f'<td style="text-align:left;vertical-align:top">{html.escape(cell)}</td>'
+                for cell in (one.verdict, one.claim, one.numbers, one.source)
+            )
+            + "</tr>"
+            for one in self.findings()
+        )
+        name = f"{self.analysis} of {', '.join(self.models)}"
+        return (
+            f'<img alt="{html.escape(name)}" style="max-width:100%;background:white" '
+            f'src="data:image/png;base64,{picture}">' + (f"<table>{rows}</table>" if rows else "")
+        )
 
     def _repr_png_(self) -> bytes:
         from vitprobe.core.drawing import render
