@@ -207,6 +207,15 @@ class Result:
         np.savez_compressed(buffer, meta=np.array(json.dumps(self.meta, allow_nan=False)), **arrays)
         return buffer.getvalue()
 
+    def __repr__(self) -> str:
+        """The arrays by name and shape, not by their numbers."""
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in self.arrays().items())
+        return f"<{type(self).__name__} of {', '.join(self.models)}: {shapes}>"
+
+    def __init_subclass__(cls) -> None:
+        # dataclass() would give each subclass a repr of all its numbers.
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
+
     def _repr_html_(self) -> str:
         """What a notebook shows: the figure, and the claims with their verdicts under it."""
         picture = base64.b64encode(self._repr_png_()).decode()

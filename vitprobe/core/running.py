@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitprobe._version import __version__
 from vitprobe.core import processes
@@ -314,6 +314,8 @@ def session(
 def command_line() -> str:
     """The command line, without the place where the program is installed."""
     program = Path(sys.argv[0]) if sys.argv else Path()
+    if program.stem == "ipykernel_launcher":
+        return "a notebook"  # its kernel's command line says nothing but a place on this machine
     name = (
         f"python -m vitprobe.{program.stem}" if program.parent.name == "vitprobe" else program.name
     )
