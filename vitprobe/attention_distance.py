@@ -73,15 +73,17 @@ class AttentionDistanceResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "attention_distance"
-
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "distance_px": ("layer", "head"),
+        "distance_se": ("layer", "head"),
+        "uniform_px": ("layer",),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
 
     def of(self, model: int) -> np.ndarray:
         """Rows of a model."""
-        return np.flatnonzero(self.model_of_layer == model)
+        return self.rows_of(model)
 
     def plot(self, ax: Any = None) -> Any:
         """For each model sorted heads, and all heads against depth; on ``ax``, the latter."""

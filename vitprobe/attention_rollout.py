@@ -25,11 +25,12 @@ from torch import Tensor
 
 from vitprobe.core import cli, drawing
 from vitprobe.core.attention import AttentionMap, map_attention, observe
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable
 from vitprobe.core.images import Images, open_images
 from vitprobe.core.models import Model, load_models
 from vitprobe.core.results import Result
 from vitprobe.core.running import Batch, Options, session
+from vitprobe.core.tables import Label
 
 PICTURES, PHOTOGRAPH_SIDE = 4, 64
 
@@ -72,11 +73,15 @@ class AttentionRolloutResult(Result):
     model_of_map: np.ndarray
 
     analysis: ClassVar[str] = "attention_rollout"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "rollout": ("picture", "row", "column"),
+        "model_of_map": ("picture",),
+    }
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    def labels(self) -> list[Label]:
+        """Which picture a map is of, counted from 0."""
+        pictures = len(self.rollout) // len(self.meta["maps"])
+        return [Label("picture", np.arange(len(self.rollout)) % pictures, ("picture",))]
 
     def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(picture, map) of one map, without padding."""
@@ -196,9 +201,10 @@ def _one_set_of_tokens(found: AttentionMap) -> AttentionMap:
     for layer in found.layers:
         for side in (layer.queries, layer.keys):
             if len(side) > 1 or not np.array_equal(side, first.queries, equal_nan=True):
-                raise VitprobeError(
+                raise NotApplicable(
                     f"{found.model} has no attention rollout: {layer.label} attends within windows "
-                    f"or among other tokens than {first.label}."
+                    f"or among other tokens than {first.label}.",
+                    found.model,
                 )
     return found
 
@@ -210,7 +216,9 @@ def _grid(found: AttentionMap) -> tuple[int, int]:
     columns, rows = (len(np.unique(places[:, axis])) for axis in (0, 1))
     order = np.lexsort((places[:, 0], places[:, 1]))
     if rows * columns != len(places) or not np.array_equal(order, np.arange(len(places))):
-        raise VitprobeError(f"{found.model} has no attention rollout: its patches form no grid.")
+        raise NotApplicable(
+            f"{found.model} has no attention rollout: its patches form no grid.", found.model
+        )
     return rows, columns
 
 

@@ -52,32 +52,26 @@ class CKAResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "cka"
-
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "cka": ("layer", "layer_2"),
+        "cka_se": ("layer", "layer_2"),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
 
     def of(self, a: int | str, b: int | str | None = None) -> np.ndarray:
         """The block of ``cka`` of two models (rows of ``a``, columns of ``b``), or of one."""
-        return self.cka[np.ix_(self._rows(a), self._rows(a if b is None else b))]
+        return self.cka[np.ix_(self.rows_of(a), self.rows_of(a if b is None else b))]
 
     def diagonal(self, a: int | str, b: int | str) -> tuple[np.ndarray, np.ndarray]:
         """CKA of two models of one depth at each layer, and its standard error."""
-        rows, columns = self._rows(a), self._rows(b)
+        rows, columns = self.rows_of(a), self.rows_of(b)
         same_depth.check_lengths(
             [[int(self.model_of_layer[rows[0]]), int(self.model_of_layer[columns[0]])]],
             self.models,
             self.model_of_layer,
         )
         return self.cka[rows, columns], self.cka_se[rows, columns]
-
-    def _rows(self, model: int | str) -> np.ndarray:
-        if isinstance(model, str):
-            if model not in self.models:
-                raise VitprobeError(f"{model!r} is none of {', '.join(self.models)}.")
-            model = self.models.index(model)
-        return np.flatnonzero(self.model_of_layer == model)
 
     def plot(self, ax: Any = None) -> Any:
         """Heat maps from input to output on both axes; on ``ax``, one square of all models.
@@ -113,8 +107,8 @@ class CKAResult(Result):
 
     def _panel(self, ax: Any, a: int | None, b: int | None) -> Any:
         everything = np.arange(len(self.layers))
-        rows = everything if a is None else self._rows(a)
-        columns = everything if b is None else self._rows(b)
+        rows = everything if a is None else self.rows_of(a)
+        columns = everything if b is None else self.rows_of(b)
         # One scale for all panels: 0 to 1, lower only where an unbiased value is negative.
         low = min(0.0, float(np.nanmin(self.cka))) if np.isfinite(self.cka).any() else 0.0
         image = drawing.heat_map(ax, self.cka[np.ix_(rows, columns)], vmin=low, vmax=1)

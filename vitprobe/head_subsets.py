@@ -67,6 +67,15 @@ class HeadSubsetsResult(Result):
     layers: np.ndarray
 
     analysis: ClassVar[str] = "head_subsets"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "cka": ("layer", "subset"),
+        "cka_se": ("layer", "subset"),
+        "distance_px": ("subset",),
+        "heads": ("subset", "place"),
+        "rho": ("layer",),
+        "rho_se": ("layer",),
+        "layers": ("layer",),
+    }
 
     def plot(self, ax: Any = None) -> Any:
         """A line of CKA against distance for each layer of the CNN."""

@@ -69,11 +69,17 @@ class LinearProbeResult(Result):
     penalty: np.ndarray
 
     analysis: ClassVar[str] = "linear_probe"
-
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "accuracy": ("layer", "readout"),
+        "accuracy_se": ("layer", "readout"),
+        "penalty": ("layer", "readout"),
+        "depth": ("layer",),
+        "accuracy_of_draw": ("draw", "layer", "readout"),
+        "place_accuracy": ("layer", "row", "column"),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+        "readouts": ("readout",),
+    }
 
     def plot(self, ax: Any = None) -> Any:
         """Accuracy against depth, a line a readout and a panel a model; below it the token grid.
@@ -171,7 +177,7 @@ class LinearProbeResult(Result):
         return float(draws.mean()), float(np.sqrt(_variance_of_mean(draws) + tests))
 
     def _last(self, model: int) -> int:
-        return int(np.flatnonzero(self.model_of_layer == model)[-1])
+        return int(self.rows_of(model)[-1])
 
     def _at(self, layer: int, readout: str) -> str:
         r = self.readouts.tolist().index(readout)
@@ -205,7 +211,7 @@ class LinearProbeResult(Result):
         )
 
     def _late(self, model: int) -> Finding:
-        rows = np.flatnonzero(self.model_of_layer == model)
+        rows = self.rows_of(model)
         first, middle, last = int(rows[0]), int(rows[(len(rows) - 1) // 2]), int(rows[-1])
         gap = self._difference((last, "CLS", 1), (middle, "CLS", -2), (first, "CLS", 1))
         return Finding(

@@ -41,6 +41,7 @@ from vitprobe.core.places import (
 )
 from vitprobe.core.results import Finding, Result, decide, plus_minus
 from vitprobe.core.running import Batch, Options, Session, Sums, session
+from vitprobe.core.tables import Label
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
 MAX_MAP_SIDE = 16
@@ -101,11 +102,26 @@ class LocalizationResult(Result):
     peak_share_se: np.ndarray
 
     analysis: ClassVar[str] = "localization"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "contrast": ("layer",),
+        "contrast_se": ("layer",),
+        "peak_share": ("layer",),
+        "peak_share_se": ("layer",),
+        "depth": ("layer",),
+        "cka": ("token", "row", "column"),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+        "layer_of_token": ("token",),
+    }
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    def labels(self) -> list[Label]:
+        """Each token's number within its layer, row by row, and where it stands."""
+        down, along = self.tokens.T
+        number = down * self.grids[self.layer_of_token, 1] + along
+        return [
+            Label(name, values, ("token",))
+            for name, values in (("token", number), ("token_row", down), ("token_column", along))
+        ]
 
     def of(self, layer: int) -> np.ndarray:
         """(rows, columns, rows, columns) of one layer: row and column of token, then of patch."""
@@ -140,7 +156,7 @@ class LocalizationResult(Result):
             return figure
 
     def _last_layers(self) -> list[int]:
-        return [int(np.flatnonzero(self.model_of_layer == m)[-1])
+        return [int(self.rows_of(m)[-1])
                 for m in np.unique(self.model_of_layer)]  # fmt: skip
 
     def _token_maps(self, row: Any, layer: int) -> Any:
@@ -221,7 +237,7 @@ class LocalizationResult(Result):
         )
 
     def _earlier_unit(self, model: int, last: int) -> Finding:
-        rows = np.flatnonzero(self.model_of_layer == model)
+        rows = self.rows_of(model)
         middle = rows[len(rows) // 2]
         gap = float(self.contrast[middle] - self.contrast[last])
         error = float(np.hypot(self.contrast_se[middle], self.contrast_se[last]))

@@ -21,10 +21,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from vitprobe.core import cli, drawing
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.models import Model, load_models
 from vitprobe.core.results import Finding, Result, decide
 from vitprobe.core.running import models_meta
+from vitprobe.core.tables import Label
 
 COMPONENTS, ROWS, COLUMNS = 28, 4, 7
 # White noise has a smoothness of 0 and a picture nearly 1; "smooth" is ours.
@@ -78,11 +79,15 @@ class PatchEmbeddingResult(Result):
     model_of_component: np.ndarray
 
     analysis: ClassVar[str] = "patch_embedding"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "explained_variance_ratio": ("component",),
+        "components": ("component", "row", "column", "channel"),
+        "model_of_component": ("component",),
+    }
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    def labels(self) -> list[Label]:
+        """Components counted within each model."""
+        return [Label("component", np.arange(len(self.components)) % COMPONENTS, ("component",))]
 
     def of(self, model: int) -> np.ndarray:
         """(components, height, width, channels) of a model, without padding."""
@@ -196,7 +201,7 @@ def stem_filters(model: Model) -> tuple[str, Tensor]:
         side = round((weight[0].numel() / 3) ** 0.5)
         if isinstance(module, nn.Linear) and 3 * side**2 == weight.shape[1]:
             return name, weight.unflatten(1, (side, side, 3))
-    raise VitprobeError(f"{model.name} has no layer of filters that look at pixels.")
+    raise NotApplicable(f"{model.name} has no layer of filters that look at pixels.", model.name)
 
 
 def _stems(module: nn.Module) -> list[tuple[str, Any]]:

@@ -24,11 +24,12 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from vitprobe.core import cli, drawing
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.models import load_models
 from vitprobe.core.positions import find_biases, find_table, resample
 from vitprobe.core.results import Finding, Result, decide
 from vitprobe.core.running import models_meta
+from vitprobe.core.tables import Label
 
 SHOWN_TILES, SHOWN_HEADS = 14, 8
 
@@ -70,11 +71,25 @@ class PositionEmbeddingResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "position_embedding"
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "similarity": ("row", "column", "other_row", "other_column"),
+        "bias": ("layer", "head", "vertical_offset", "horizontal_offset"),
+        "table_of_row": ("row",),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    def labels(self) -> list[Label]:
+        """Names of tables, rows counted within each, and offsets from the middle."""
+        tables = np.array([about["label"] for about in self.meta["tables"]], dtype=str)
+        first = np.searchsorted(self.table_of_row, self.table_of_row)
+        high, wide = self.bias.shape[2:]
+        return [
+            Label("table", tables, ("table",)),
+            Label("row", np.arange(len(first)) - first, ("row",)),
+            Label("vertical_offset", np.arange(high) - high // 2, ("vertical_offset",)),
+            Label("horizontal_offset", np.arange(wide) - wide // 2, ("horizontal_offset",)),
+        ]
 
     def of(self, table: int) -> np.ndarray:
         """(rows, columns, rows, columns) of one table."""
@@ -130,7 +145,7 @@ class PositionEmbeddingResult(Result):
 
     def _biases(self, ax: Any, model: int) -> Any:
         """The first heads of the first, middle and last layer; offset 0 in the middle of a tile."""
-        rows = np.flatnonzero(self.model_of_layer == model)
+        rows = self.rows_of(model)
         chosen = list(dict.fromkeys([rows[0], rows[len(rows) // 2], rows[-1]]))
         shown = self.bias[chosen][:, :SHOWN_HEADS]
         finite = np.isfinite(shown)
@@ -272,9 +287,10 @@ def measure(
     for i, model in enumerate(loaded):
         table, found = find_table(model), find_biases(model)
         if table is None and not found:
-            raise VitprobeError(
+            raise NotApplicable(
                 f"{model.name} has no position embedding to show: no table of one vector a patch, "
-                f"and no relative-position bias."
+                f"and no relative-position bias.",
+                model.name,
             )
         biases += [(i, label, bias) for label, bias in found]
         if table is None:

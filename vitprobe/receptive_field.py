@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from vitprobe.core import cli, drawing
 from vitprobe.core.centre_gradients import Site, centres, frozen, rows_of_jacobian
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.hsic import jackknife
 from vitprobe.core.images import open_images
 from vitprobe.core.layers import map_layers
@@ -108,11 +108,31 @@ class ReceptiveFieldResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "receptive_field"
-
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "area50": ("layer",),
+        "area50_se": ("layer",),
+        "area90": ("layer",),
+        "area90_se": ("layer",),
+        "centre": ("layer",),
+        "centre_se": ("layer",),
+        "box": ("layer", "edge"),
+        "trends": ("model", "trend"),
+        "trends_se": ("model", "trend"),
+        "gradient": ("layer", "row", "column"),
+        "gradient_se": ("layer", "row", "column"),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
+    names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "edge": ("first row", "first column", "last row", "last column"),
+        "trend": (
+            "area90, lowest third",
+            "area90, half depth",
+            "area90, highest third",
+            "centre cell minus largest other, half depth",
+            "centre, sum minus attention",
+        ),
+    }
 
     def field(self, layer: int) -> np.ndarray:
         """(H, W) of a layer, without the end that pads it."""
@@ -139,7 +159,7 @@ class ReceptiveFieldResult(Result):
             return figure
 
     def _fields(self, figure: Any, place: Any, model: int, log: bool, panels: int) -> None:
-        mine = np.flatnonzero(self.model_of_layer == model)
+        mine = self.rows_of(model)
         count = min(panels, len(mine))
         axes = place.subgridspec(1, panels).subplots(squeeze=False)[0]
         chosen = mine[np.linspace(0, len(mine) - 1, count).round().astype(int)]
@@ -174,7 +194,7 @@ class ReceptiveFieldResult(Result):
         """Both areas against depth; untrained models dotted, in the colour of their name."""
         names = [name.removesuffix(" (random)") for name in self.models]
         for model, name in enumerate(self.models):
-            rows = np.flatnonzero(self.model_of_layer == model)
+            rows = self.rows_of(model)
             depth = (np.arange(len(rows)) + 1) / len(rows)
             colour = drawing.COLOURS[names.index(names[model]) % len(drawing.COLOURS)]
             untrained = self.meta["models"][model]["weights"].startswith("random")
@@ -364,7 +384,9 @@ def _plan(
             if places:
                 sites.append(Site(layer.label, layer, places))
         if not sites:
-            raise VitprobeError(f"No layer of {model.name} that was asked for has a centre.")
+            raise NotApplicable(
+                f"No layer of {model.name} that was asked for has a centre.", model.name
+            )
         # A branch stands before the sum that it goes into, and sees no farther.
         whole = [site for site in sites if not site.branch]
         at = [site.centre for site in whole]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vitprobe.core import cli, drawing
 from vitprobe.core.capture import capture
-from vitprobe.core.errors import VitprobeError, nearest
+from vitprobe.core.errors import NotApplicable, VitprobeError, nearest
 from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
 from vitprobe.core.layers import Layer, LayerMap, map_layers
 from vitprobe.core.results import Finding, Result, decide, plus_minus
@@ -73,11 +73,20 @@ class SkipAblationResult(Result):
     loss: np.ndarray
 
     analysis: ClassVar[str] = "skip_ablation"
-
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "means": ("panel", "mean"),
+        "means_se": ("panel", "mean"),
+        "loss": ("panel", "statistic"),
+        "side": ("panel", "layer"),
+        "cka": ("panel", "layer", "layer_2"),
+        "layers": ("panel", "layer"),
+        "block": ("panel",),
+        "model_of_panel": ("panel",),
+    }
+    names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "mean": ("across", "within", "across, with skips", "within, with skips"),
+        "statistic": ("loss across", "its standard error"),
+    }
 
     def plot(self, ax: Any = None) -> Any:
         """One heat map a panel, the block marked; on ``ax``, CKA across each block."""
@@ -105,10 +114,10 @@ class SkipAblationResult(Result):
         values = self.cka[panel, : len(names), : len(names)]
         low = min(0.0, float(np.nanmin(self.cka))) if np.isfinite(self.cka).any() else 0.0
         image = drawing.heat_map(ax, values, vmin=low, vmax=1)
-        if first:
-            drawing.layer_axis(ax.yaxis, names, "layer")
-        else:
-            ax.set_yticks([])
+        for axis in (ax.xaxis, ax.yaxis):
+            drawing.layer_axis(axis, names, "layer")
+        if not first:
+            ax.set(yticks=[], ylabel="")
         ax.set(xticks=[], xlabel="layer, same order")
         title = drawing.short(self.models[self.model_of_panel[panel]], 34)
         if self.block[panel]:
@@ -298,7 +307,9 @@ def choose_blocks(found: LayerMap, asked: Sequence[str | int] | None) -> list[st
     """Names of blocks, asked for by name or index."""
     known = block_names(found)
     if not known:
-        raise VitprobeError(f"{found.model} has no residual additions: no skips to remove.")
+        raise NotApplicable(
+            f"{found.model} has no residual additions: no skips to remove.", found.model
+        )
     if asked is None:
         asked = [min(len(known) - 1, max(1, round(len(known) * depth))) for depth in DEPTHS]
     chosen = []

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.core import cli, drawing
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.layers import Layer, LayerMap, map_layers
 from vitprobe.core.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.core.places import CHANNELS_FIRST, find_places
@@ -94,16 +94,28 @@ class SkipRatioResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "skip_ratio"
-
-    @property
-    def models(self) -> list[str]:
-        """Names of the models, in order."""
-        return [model["name"] for model in self.meta["models"]]
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "ratio": ("layer", "token"),
+        "ratio_se": ("layer", "token"),
+        "cosine": ("layer", "token"),
+        "cosine_se": ("layer", "token"),
+        "spatial": ("layer",),
+        "spatial_se": ("layer",),
+        "log_ratio": ("model", "part"),
+        "log_ratio_se": ("model", "part"),
+        "zeros": ("layer", "token"),
+        "kind": ("layer",),
+        "layers": ("layer",),
+        "model_of_layer": ("layer",),
+    }
+    names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "part": ("class minus spatial, first half", "class minus spatial, second half", "spatial"),
+    }
 
     def of(self, model: int, kind: str | None = None) -> np.ndarray:
         """Rows of a model, or of one kind of its additions."""
-        mine = self.model_of_layer == model
-        return np.flatnonzero(mine if kind is None else mine & (self.kind == kind))
+        mine = self.rows_of(model)
+        return mine if kind is None else mine[self.kind[mine] == kind]
 
     def plot(self, ax: Any = None) -> Any:
         """Heat maps (tokens × additions) and lines against depth; on ``ax``, the ratio lines."""
@@ -292,7 +304,9 @@ def _plan(ready: Session, m: int, example: Tensor) -> _Plan:
         found = map_layers(model.name, model.module, example)
     layers = [layer for layer in found.layers if layer.addition is not None]
     if not layers:
-        raise VitprobeError(f"{model.name} has no residual additions: no skips to measure.")
+        raise NotApplicable(
+            f"{model.name} has no residual additions: no skips to measure.", model.name
+        )
     side = example.shape[-2], example.shape[-1]
     places = [find_places(layer, model.module, side) for layer in layers]
     shapes = {layer.shape[:1] if len(layer.shape) == 2 else () for layer in layers}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitprobe.core.attention_map import AttentionLayer, AttentionMap, map_attention
 from vitprobe.core.attention_operations import AttentionMode, Operation, joined
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 
 __all__ = ["AttentionLayer", "AttentionMap", "map_attention", "observe"]
 
@@ -87,9 +87,10 @@ class _Observer(AttentionMode):
         with torch.no_grad(), torch.autocast(device, enabled=False):
             if self.outputs is not None:
                 if operation.out is None:
-                    raise VitprobeError(
+                    raise NotApplicable(
                         f"{layer.label} of {self.attention.model} does not show what each of its "
-                        f"heads puts out."
+                        f"heads puts out.",
+                        self.attention.model,
                     )
                 self.outputs(i, layer.arrange(operation.out))
             if self.reduce is not None:
@@ -151,9 +152,10 @@ class _Observer(AttentionMode):
         """A map that was changed after its softmax must still be one of probabilities."""
         off = max(float((block.sum(-1) - 1).abs().max()), -float(block.min()))
         if not off <= 1e-3:
-            raise VitprobeError(
+            raise NotApplicable(
                 f"{layer.label} of {self.attention.model} changes its attention after the softmax: "
-                f"the rows are no probabilities (off by {off:.1e})."
+                f"the rows are no probabilities (off by {off:.1e}).",
+                self.attention.model,
             )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.core.attention_operations import AttentionMode, Operation
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable
 from vitprobe.core.tokens import (
     IMAGE_STEP,
     TOLERANCE_PX,
@@ -105,9 +105,10 @@ class AttentionMap:
         """``VitprobeError`` if there is no layer that could have ``what``."""
         if not self.layers:
             why = "".join(f" ({at}: {reason})" for at, reason in list(self.left_out.items())[:1])
-            raise VitprobeError(
+            raise NotApplicable(
                 f"{self.model} has no attention between places of the picture, and so no "
-                f"{what}{why}."
+                f"{what}{why}.",
+                self.model,
             )
 
 
@@ -208,9 +209,10 @@ class _Mapper(AttentionMode):
         """(leading, tokens); None where the features of a token stand apart."""
         place = place_of(tensor)
         if isinstance(place, str):
-            raise VitprobeError(
+            raise NotApplicable(
                 f"Where the tokens of {self.name} stand in the picture cannot be known: "
-                f"{place} in or before {label} loses their places."
+                f"{place} in or before {label} loses their places.",
+                self.name,
             )
         length_axis = 0 if operation.length_first else -2
         nowhere = complex(float("nan"), float("nan"))

@@ -69,7 +69,11 @@ def heat_map(
 
 
 def layer_axis(axis: Any, names: Sequence[str], label: str) -> None:
-    """Ticks for layers: their names while they can be read, their numbers beyond that."""
+    """Ticks for layers: their names while they can be read, their numbers beyond that.
+
+    All names stay with the axis as ``layer_names``, for pages that show more than ticks.
+    """
+    axis.layer_names = list(names)
     count = len(names)
     if count <= MAX_NAMED_LAYERS:
         axis.set_ticks(range(count), [short(name) for name in names])

@@ -11,6 +11,18 @@ class VitprobeError(Exception):
     """
 
 
+class NotApplicable(VitprobeError):
+    """A measurement that a model, or these images, cannot have; other models still can.
+
+    Attributes:
+        model: its name; empty where the images are what is lacking.
+    """
+
+    def __init__(self, message: str, model: str = "") -> None:
+        super().__init__(message)
+        self.model = model
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence with the known names nearest to ``name``, or an empty string."""
     found = get_close_matches(name, list(known), n=count, cutoff=0.5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.images import Images, open_images
 
 BUNDLED_TEST = 500
@@ -70,7 +70,7 @@ def open_task(
         test = _same_classes(_labelled(test), fitting)
     if kept.min() < shots:
         short = int(kept.argmin())
-        raise VitprobeError(
+        raise NotApplicable(
             f"{shots} images a class were asked for, but {fitting.source} has "
             f"{kept[short]} of {fitting.classes[short]!r} to fit on."
         )
@@ -111,13 +111,13 @@ def _labelled(images: Images, least: int = 1) -> Images:
     """The images with labels 0, 1, ... for the classes that occur, which all have names."""
     labels = images.chosen_labels()
     if images.labels is None or labels is None:
-        raise VitprobeError(
+        raise NotApplicable(
             f"{images.source} has no labels: probes need a folder or .tar of class folders, or an "
             f".npz with labels."
         )
     present = np.unique(labels)
     if len(present) < least:
-        raise VitprobeError(f"{images.source} has one class only; probes need at least two.")
+        raise NotApplicable(f"{images.source} has one class only; probes need at least two.")
     names = tuple(images.classes[c] if images.classes else str(c) for c in present.tolist())
     # Classes of the source that were not chosen have no index.
     compact = np.searchsorted(present, images.labels).astype(np.int64)

@@ -13,7 +13,7 @@ from math import isqrt
 import numpy as np
 from torch import Tensor, nn
 
-from vitprobe.core.errors import VitprobeError
+from vitprobe.core.errors import NotApplicable
 from vitprobe.core.layers import Layer, map_layers
 from vitprobe.core.models import Model
 from vitprobe.core.running import Session
@@ -106,9 +106,10 @@ def placed_layers(ready: Session, choice: str | Sequence[str]) -> tuple[list[Pla
         kept = [(layer, places) for layer, places in chosen if places is not None]
         if not kept or (len(kept) < len(chosen) and not {"blocks", "all", "paper"} & set(names)):
             bare = next(layer for layer, places in chosen if places is None)
-            raise VitprobeError(
+            raise NotApplicable(
                 f"The layer {bare.label} of {model.name} has no grid of places: an image's part of "
-                f"it is {' × '.join(map(str, bare.shape))}."
+                f"it is {' × '.join(map(str, bare.shape))}.",
+                model.name,
             )
         if wanted == ["last"]:
             kept = kept[-1:]

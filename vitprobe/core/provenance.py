@@ -22,7 +22,7 @@ def models_meta(analysis: str, models: list[Model], seed: int) -> dict[str, Any]
         "models": [model.provenance() for model in models],
         "seed": seed,
         "versions": versions(),
-        "command": _command(),
+        "command": command_line(),
     }
 
 
@@ -39,9 +39,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def _command() -> str:
+def command_line() -> str:
     """The command line, without the place where the program is installed."""
     program = Path(sys.argv[0]) if sys.argv else Path()
+    if program.stem == "ipykernel_launcher":
+        return "a notebook"  # its kernel's command line says nothing but a place on this machine
     name = (
         f"python -m vitprobe.{program.stem}" if program.parent.name == "vitprobe" else program.name
     )

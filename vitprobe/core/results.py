@@ -6,6 +6,8 @@ figure again without the models.
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import json
 import math
@@ -21,6 +23,7 @@ from scipy.special import ndtr, stdtrit
 
 from vitprobe.core.checkpoint import write_atomically
 from vitprobe.core.errors import VitprobeError
+from vitprobe.core.tables import Label, as_csv, as_dataframe, long_table
 
 FORMATS = ("png", "pdf", "svg")
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this n"
@@ -124,6 +127,26 @@ class Result:
     meta: dict[str, Any]
 
     analysis: ClassVar[str] = ""
+    # Array -> names of its axes, and axis -> names of its places: what tables are made from.
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {}
+    names: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return [model["name"] for model in self.meta["models"]]
+
+    def rows_of(self, model: int | str) -> np.ndarray:
+        """Indices of the layers of a model, given by its number or its name.
+
+        Raises:
+            VitprobeError: no model of this name.
+        """
+        if isinstance(model, str):
+            if model not in self.models:
+                raise VitprobeError(f"{model!r} is none of {', '.join(self.models)}.")
+            model = self.models.index(model)
+        return np.flatnonzero(self.arrays()["model_of_layer"] == model)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw on ``ax`` and return it, or on a new figure and return that; computes nothing."""
@@ -132,6 +155,39 @@ class Result:
     def findings(self) -> list[Finding]:
         """The papers' claims that apply to these models, each with its verdict and numbers."""
         return []
+
+    def labels(self) -> list[Label]:
+        """What tables say of places beside the text arrays and ``model_of_...`` and the like."""
+        return []
+
+    def to_csv(self, path: str | Path, quantities: Sequence[str] = ()) -> Path:
+        """Write the numbers as a long table (tidy data): one number a row; see ``core.tables``.
+
+        Columns: ``quantity`` (the array's name); where the number stands (``model``, ``layer``,
+        ``head``, ...; a second layer in ``model_2``, ``layer_2``); ``value``; ``standard_error``.
+        Undefined values have no row.
+
+        Args:
+            path: of the file.
+            quantities: names of arrays; all by default.
+
+        Returns:
+            the path.
+
+        Raises:
+            VitprobeError: no such quantity, or the file cannot be written.
+        """
+        text = as_csv(long_table(self, quantities))
+        write_atomically({Path(path): text.encode()})
+        return Path(path)
+
+    def to_dataframe(self, quantities: Sequence[str] = ()) -> Any:
+        """The table of ``to_csv`` as ``pandas.DataFrame``.
+
+        Raises:
+            VitprobeError: no such quantity, or pandas is not installed.
+        """
+        return as_dataframe(long_table(self, quantities))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays as the file holds them, by name."""
@@ -155,11 +211,12 @@ class Result:
             stem = stem.with_suffix("")
         figure = self.plot()
         contents = {Path(f"{stem}.{name}"): render(figure, name) for name in formats}
-        contents[Path(f"{stem}.npz")] = self._npz()
+        contents[Path(f"{stem}.npz")] = self.npz()
         write_atomically(contents)
         return list(contents)
 
-    def _npz(self) -> bytes:
+    def npz(self) -> bytes:
+        """The file that ``save`` writes and ``load_result`` reads."""
         arrays: Any = self.arrays()
         for name, array in arrays.items():
             if array.dtype == object:
@@ -167,6 +224,33 @@ class Result:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, meta=np.array(json.dumps(self.meta, allow_nan=False)), **arrays)
         return buffer.getvalue()
+
+    def __repr__(self) -> str:
+        """The arrays by name and shape, not by their numbers."""
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in self.arrays().items())
+        return f"<{type(self).__name__} of {', '.join(self.models)}: {shapes}>"
+
+    def __init_subclass__(cls) -> None:
+        # dataclass() would give each subclass a repr of all its numbers.
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the figure, and the claims with their verdicts under it."""
+        picture = base64.b64encode(self._repr_png_()).decode()
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f'<td style="text-align:left;vertical-align:top">{html.escape(cell)}</td>'
+                for cell in (one.verdict, one.claim, one.numbers, one.source)
+            )
+            + "</tr>"
+            for one in self.findings()
+        )
+        name = f"{self.analysis} of {', '.join(self.models)}"
+        return (
+            f'<img alt="{html.escape(name)}" style="max-width:100%;background:white" '
+            f'src="data:image/png;base64,{picture}">' + (f"<table>{rows}</table>" if rows else "")
+        )
 
     def _repr_png_(self) -> bytes:
         from vitprobe.core.drawing import render

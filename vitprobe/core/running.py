@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitprobe.core import memory, processes
 from vitprobe.core.checkpoint import Checkpoint, Saves, UntilWritten
