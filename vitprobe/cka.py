@@ -101,7 +101,7 @@ class CKAResult(Result):
                 count, [[(a, b) for b in range(count)] for a in reversed(range(count))]
             )
             rows, columns = len(pairs), len(pairs[0])
-            side = 4.2 if count <= 2 else max(2.4, 10 / count)
+            side = 3.4 if count <= 2 else max(2.4, 10 / count)
             figure = drawing.new_figure(side * columns + 0.7, side * rows + 0.6)
             axes = figure.subplots(rows, columns, squeeze=False)
             for line, row in zip(axes, pairs):

@@ -106,7 +106,7 @@ class SkipAblationResult(Result):
         low = min(0.0, float(np.nanmin(self.cka))) if np.isfinite(self.cka).any() else 0.0
         image = drawing.heat_map(ax, values, vmin=low, vmax=1)
         if first:
-            drawing.layer_axis(ax.yaxis, names, "layer")
+            drawing.layer_axis(ax.yaxis, names, "")
         else:
             ax.set_yticks([])
         ax.set(xticks=[], xlabel="layer, same order")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 DPI = 150
-MAX_NAMED_LAYERS = 40
+MAX_NAMED_LAYERS = 26
 # Okabe and Ito's palette, which stays apart for the colour-blind; models keep their colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SEQUENTIAL = "magma"
@@ -77,9 +77,8 @@ def layer_axis(axis: Any, names: Sequence[str], label: str) -> None:
             axis.set_tick_params(rotation=90)
     else:
         axis.set_major_locator(MaxNLocator(8, integer=True))
-        label = f"{label}, layer 0–{count - 1}"
-    size = 7 if count <= 26 else 5
-    axis.set_tick_params(labelsize=size, length=2)
+        label = ", ".join(filter(None, [label, f"layer 0–{count - 1}"]))
+    axis.set_tick_params(labelsize=7, length=2)
     axis.set_label_text(label)
 
 
