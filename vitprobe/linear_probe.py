@@ -88,18 +88,19 @@ class LinearProbeResult(Result):
             count = len(self.models)
             figure = drawing.new_figure(3.1 * count + 1.2, 5.4)
             axes = figure.subplots(2, count, squeeze=False, height_ratios=(1.6, 1))
-            for m in range(count):
+            grids = [self._grid(self._last(m)) for m in range(count)]
+            # One scale for all models, of at least some accuracy: chance is not to look like a map.
+            low = min(float(grid.min()) for grid in grids)
+            high = max(low + MIN_RANGE, *(float(grid.max()) for grid in grids))
+            for m, grid in enumerate(grids):
                 self._lines(axes[0, m], m, by_model=False)
                 axes[0, m].sharey(axes[0, 0])
                 last = self._last(m)
-                grid = self._grid(last)
-                low = float(grid.min())
-                high = max(float(grid.max()), low + MIN_RANGE)
                 image = drawing.heat_map(axes[1, m], grid, vmin=low, vmax=high)
                 axes[1, m].invert_yaxis()  # a picture's first row is at its top
                 axes[1, m].set(aspect="equal", xticks=[], yticks=[])
-                figure.colorbar(image, ax=axes[1, m], label="accuracy")
                 axes[1, m].set_title(f"each token, {drawing.short(str(self.layers[last]))}")
+            figure.colorbar(image, ax=axes[1], label="accuracy", pad=0.01)
             axes[0, 0].set_ylabel("accuracy on test images")
             handles = [pair for one in axes[0] for pair in zip(*one.get_legend_handles_labels())]
             named = {name: handle for handle, name in handles}
