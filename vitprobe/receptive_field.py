@@ -127,20 +127,21 @@ class ReceptiveFieldResult(Result):
             if ax is not None:
                 self._areas(ax)
                 return ax
-            rows = [(m, log) for m in range(len(self.models)) for log in (False, True)]
+            count = len(self.models)
             panels = min(MAX_PANELS, int(np.bincount(self.model_of_layer).max()))
-            figure = drawing.new_figure(max(7.0, 1.25 * panels), 1.45 * len(rows) + 3.4)
-            grid = figure.add_gridspec(len(rows) + 1, 1, height_ratios=[1.45] * len(rows) + [2.9])
-            for place, (model, log) in zip(grid, rows):
-                self._fields(figure, place, model, log, panels)
-            self._areas(figure.add_subplot(grid[len(rows)]))
+            figure = drawing.new_figure(max(7.0, 1.25 * panels), 2.9 * count + 3.4)
+            grid = figure.add_gridspec(count + 1, 1)
+            for model in range(count):
+                rows = grid[model].subgridspec(2, panels).subplots(squeeze=False)
+                for axes, log in zip(rows, (False, True)):
+                    self._fields(figure, axes, model, log)
+            self._areas(figure.add_subplot(grid[count]))
             drawing.caption(figure, self._caption(), width=150)
             return figure
 
-    def _fields(self, figure: Any, place: Any, model: int, log: bool, panels: int) -> None:
+    def _fields(self, figure: Any, axes: Any, model: int, log: bool) -> None:
         mine = np.flatnonzero(self.model_of_layer == model)
-        count = min(panels, len(mine))
-        axes = place.subgridspec(1, panels).subplots(squeeze=False)[0]
+        count = min(len(axes), len(mine))
         chosen = mine[np.linspace(0, len(mine) - 1, count).round().astype(int)]
         for one, layer in zip(axes, chosen):
             field = self.field(layer)
