@@ -101,7 +101,7 @@ class AttentionDistanceResult(Result):
                 top = 1.08 * max(np.nanmax(shown), self.uniform_px[self.of(model)].max())
                 for one in (left, right):
                     one.set_ylim(0, top)
-            drawing.caption(figure, self._caption(), width=150)
+            drawing.caption(figure, self._caption())
             return figure
 
     def _sorted_panel(self, ax: Any, model: int) -> None:

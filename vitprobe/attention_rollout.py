@@ -110,7 +110,7 @@ class AttentionRolloutResult(Result):
             text = drawing.provenance_line(self.meta)
             text += " Picture, rollout to the class token (the mean of all tokens where there is"
             text += " none), and the picture lit by it; each map scaled to [0, 1] by itself."
-            drawing.caption(figure, text, width=75 * across)
+            drawing.caption(figure, text)
             return figure
 
     def _overlay(self, ax: Any, index: int) -> None:

@@ -90,7 +90,7 @@ class CKAResult(Result):
                     return same_depth.draw(ax, self)
                 figure = drawing.new_figure(6.5, 4.2)
                 same_depth.draw(figure.subplots(), self)
-                drawing.caption(figure, self._caption(), width=130)
+                drawing.caption(figure, self._caption())
                 return figure
             if ax is not None:
                 image = self._panel(ax, None, None)
@@ -108,7 +108,7 @@ class CKAResult(Result):
                 for one, (a, b) in zip(line, row):
                     image = self._panel(one, a, b)
             figure.colorbar(image, ax=axes, label="CKA", aspect=30, pad=0.01)
-            drawing.caption(figure, self._caption(), width=int(32 * side * columns * 0.8))
+            drawing.caption(figure, self._caption())
             return figure
 
     def _panel(self, ax: Any, a: int | None, b: int | None) -> Any:

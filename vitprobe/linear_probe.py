@@ -100,12 +100,12 @@ class LinearProbeResult(Result):
                 axes[1, m].invert_yaxis()  # a picture's first row is at its top
                 axes[1, m].set(aspect="equal", xticks=[], yticks=[])
                 axes[1, m].set_title(f"each token, {drawing.short(str(self.layers[last]))}")
-            figure.colorbar(image, ax=axes[1], label="accuracy", pad=0.01)
+            figure.colorbar(image, ax=axes[1], label="accuracy", pad=0.01, panchor=False)
             axes[0, 0].set_ylabel("accuracy on test images")
             handles = [pair for one in axes[0] for pair in zip(*one.get_legend_handles_labels())]
             named = {name: handle for handle, name in handles}
             axes[0, 0].legend(named.values(), named.keys(), loc="upper left")
-            drawing.caption(figure, self._caption(), width=int(38 * count + 30))
+            drawing.caption(figure, self._caption())
             return figure
 
     def _lines(self, ax: Any, model: int, by_model: bool) -> None:

@@ -134,10 +134,10 @@ class LocalizationResult(Result):
             scale = self._scale(last)
             for row, layer in zip(axes, last):
                 image = self._token_maps(row, layer, scale)
-            maps.colorbar(image, ax=axes, label="CKA with input patch", pad=0.01)
+            maps.colorbar(image, ax=axes, label="CKA with input patch", pad=0.01, panchor=False)
             if deep:
                 self._contrast_lines(lines.subplots())
-            drawing.caption(figure, self._caption(), width=int(22 * (1.55 * count + 4 * deep)))
+            drawing.caption(figure, self._caption())
             return figure
 
     def _last_layers(self) -> list[int]:

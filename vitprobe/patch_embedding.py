@@ -109,7 +109,7 @@ class PatchEmbeddingResult(Result):
                     one.set_axis_off()
             text = drawing.provenance_line(self.meta)
             text += " Principal components row by row, each tile scaled to [0, 1] by itself."
-            drawing.caption(figure, text, width=60 * min(2, count))
+            drawing.caption(figure, text)
             return figure
 
     def _tiles(self, ax: Any, model: int) -> None:

@@ -136,7 +136,7 @@ class ReceptiveFieldResult(Result):
                 for axes, log in zip(rows, (False, True)):
                     self._fields(figure, axes, model, log)
             self._areas(figure.add_subplot(grid[count]))
-            drawing.caption(figure, self._caption(), width=150)
+            drawing.caption(figure, self._caption())
             return figure
 
     def _fields(self, figure: Any, axes: Any, model: int, log: bool) -> None:

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = load_result(file)
             out = args.out or file.parent
             cli.check_writable(out, args.stem)
-            figure = result.plot()
+            if args.title:
+                result.meta["title"] = args.title
+            figure = result.figure()
             stem = args.stem or file.stem
             drawn = {out / f"{stem}.{name}": render(figure, name) for name in args.format}
             write_atomically(drawn)

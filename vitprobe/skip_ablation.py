@@ -97,7 +97,7 @@ class SkipAblationResult(Result):
                     first = place == 0 or self.meta["trained_without"]
                     image = self._panel(one, int(panel), first)
             figure.colorbar(image, ax=axes, label="CKA", aspect=30, pad=0.01)
-            drawing.caption(figure, self._caption(), width=int(85 * columns * 0.8))
+            drawing.caption(figure, self._caption())
             return figure
 
     def _panel(self, ax: Any, panel: int, first: bool) -> Any:

@@ -125,7 +125,7 @@ class SkipRatioResult(Result):
             key = figure.add_subplot(grid[len(maps)])
             key.axis("off")
             key.legend(*ratio.get_legend_handles_labels(), fontsize=6.5, loc="center", ncols=3)
-            drawing.caption(figure, self._caption(), width=150)
+            drawing.caption(figure, self._caption())
             return figure
 
     def _logs(self, models: list[int]) -> np.ndarray:

@@ -74,6 +74,7 @@ def add_output(result: argparse.ArgumentParser) -> None:
     add = result.add_argument
     add("--out", type=Path, default=Path(DEFAULT_OUT), metavar="DIR", help="folder (%(default)s)")
     add("--stem", metavar="NAME", help="file name without suffix")
+    add("--title", metavar="TEXT", help="over the figure, kept in the file")
     add("--format", nargs="+", choices=FORMATS, default=["png"], help="of the figure")
     add("--quiet", action="store_true", help="no progress bar")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -120,6 +121,8 @@ def run(
         result = measure(args)
         if not is_main_process():
             return
+        if args.title:
+            result.meta["title"] = args.title
         for path in result.save(args.out / stem(args, name), args.format):
             print(path)
         for finding in result.findings():

@@ -87,9 +87,21 @@ def short(name: str, width: int = 24) -> str:
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-(width // 2) :]}"
 
 
-def caption(figure: Figure, text: str, width: int = 110) -> None:
-    """A small line under the figure: n, weights, choices."""
-    figure.supxlabel("\n".join(textwrap.wrap(text, width)), fontsize=6.5, color="0.35")
+def caption(figure: Figure, text: str) -> None:
+    """Small lines under the figure, as wide as it is: n, weights, choices."""
+    figure.supxlabel(wrapped(figure, text, 18), fontsize=6.5, color="0.35")
+
+
+def wrapped(figure: Figure, text: str, letters_per_inch: float) -> str:
+    """The text in lines that fit the figure."""
+    return "\n".join(textwrap.wrap(text, int(letters_per_inch * figure.get_figwidth())))
+
+
+def titled(figure: Figure, title: str) -> Figure:
+    """The figure with a title over all of its panels, if that is not empty."""
+    if title:
+        figure.suptitle(wrapped(figure, title, 11), fontsize=10, fontweight="bold")
+    return figure
 
 
 def provenance_line(meta: dict[str, Any]) -> str:
