@@ -34,6 +34,9 @@ from vitprobe.core.layers import Layer, map_layers
 from vitprobe.core.results import Finding, Result
 from vitprobe.core.running import Batch, Options, Session, session
 
+# Letters of a title that fit over a panel.
+LONG_TITLE = 38
+
 
 @dataclass(frozen=True)
 class CKAResult(Result):
@@ -127,7 +130,8 @@ class CKAResult(Result):
                 ax.axhline(edge, color="white", linewidth=1)
                 ax.axvline(edge, color="white", linewidth=1)
         else:
-            ax.set_title(names[a] if a == b else f"{names[a]} × {names[b]}")
+            title = names[a] if a == b else f"{names[a]} × {names[b]}"
+            ax.set_title(title if len(title) <= LONG_TITLE else title.replace(" × ", "\n× "))
         return image
 
     def _caption(self) -> str:

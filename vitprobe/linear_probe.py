@@ -122,7 +122,7 @@ class LinearProbeResult(Result):
             )  # fmt: skip
         if not by_model or model == 0:
             ax.axhline(1 / len(self.meta["classes"]), color="0.6", linewidth=0.8, label="chance")
-        ax.set(xlabel="depth (share of blocks)", ylim=(0, None))
+        ax.set(xlabel="depth (share of blocks)", ylim=(0, 1.02))
         if by_model:
             ax.set_ylabel("accuracy on test images")
             ax.legend()

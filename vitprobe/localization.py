@@ -124,7 +124,8 @@ class LocalizationResult(Result):
             last = self._last_layers()
             deep = len(self.layers) > len(last)
             count = 5 if max(self.grids.max(0)) > 1 else 1
-            figure = drawing.new_figure(1.55 * count + 1.6 + 3.8 * deep, 1.75 * len(last) + 0.9)
+            height = max(1.75 * len(last) + 0.9, 3.4 * deep)
+            figure = drawing.new_figure(1.55 * count + 1.6 + 3.8 * deep, height)
             parts: Any = figure.subfigures(
                 1, 1 + deep, squeeze=False, width_ratios=[1.5 * count + 1.6, 3.8][: 1 + deep]
             )[0]
