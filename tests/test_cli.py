@@ -48,6 +48,11 @@ def test_redraw_needs_no_model_and_loses_nothing(pictures, tmp_path, capsys):
     assert redraw.main([str(npz), "--format", "svg", "--out", str(tmp_path / "b")]) == 0
     assert (tmp_path / "b" / "x.svg").is_file() and npz.read_bytes() == before
     assert redraw.main([str(npz)]) == 0 and (tmp_path / "a" / "x.png").is_file()
+    # A title is drawn over the figure and can be another one.
+    assert load_result(npz).figure().get_suptitle() == ""
+    assert redraw.main([str(npz), "--title", "Ours", "--format", "svg", "--stem", "titled"]) == 0
+    titled = tmp_path / "a" / "titled.svg"
+    assert titled.stat().st_size > (tmp_path / "b" / "x.svg").stat().st_size
     capsys.readouterr()
     (tmp_path / "torn.npz").write_bytes(before[:1000])
     np.savez(tmp_path / "other.npz", a=np.zeros(3))

@@ -98,10 +98,15 @@ class AttentionRolloutResult(Result):
             count = len(self.rollout)
             across = 2 if count > 1 else 1
             figure = drawing.new_figure(5.4 * across, 1.95 * -(-count // across) + 0.5)
-            axes = figure.subplots(-(-count // across), 3 * across, squeeze=False)
+            # A gap between the trios, as wide as it takes to tell them apart.
+            ratios = [1, 1, 1, 0.12, 1, 1, 1][: 4 * across - 1]
+            axes = figure.subplots(
+                -(-count // across), len(ratios), squeeze=False, width_ratios=ratios
+            )
             for one in axes.ravel():
                 one.set_axis_off()
-            for index, trio in enumerate(axes.reshape(-1, 3)[:count]):
+            trios = [row[start : start + 3] for row in axes for start in (0, 4)[:across]]
+            for index, trio in enumerate(trios[:count]):
                 picture, shown = self.of(index)
                 trio[0].imshow(picture)
                 trio[1].imshow(shown, cmap=drawing.SEQUENTIAL, interpolation="nearest")
@@ -110,7 +115,7 @@ class AttentionRolloutResult(Result):
             text = drawing.provenance_line(self.meta)
             text += " Picture, rollout to the class token (the mean of all tokens where there is"
             text += " none), and the picture lit by it; each map scaled to [0, 1] by itself."
-            drawing.caption(figure, text, width=75 * across)
+            drawing.caption(figure, text)
             return figure
 
     def _overlay(self, ax: Any, index: int) -> None:

@@ -34,6 +34,9 @@ from vitprobe.core.layers import Layer, map_layers
 from vitprobe.core.results import Finding, Result
 from vitprobe.core.running import Batch, Options, Session, session
 
+# Letters of a title that fit over a panel.
+LONG_TITLE = 38
+
 
 @dataclass(frozen=True)
 class CKAResult(Result):
@@ -84,7 +87,7 @@ class CKAResult(Result):
                     return same_depth.draw(ax, self)
                 figure = drawing.new_figure(6.5, 4.2)
                 same_depth.draw(figure.subplots(), self)
-                drawing.caption(figure, self._caption(), width=130)
+                drawing.caption(figure, self._caption())
                 return figure
             if ax is not None:
                 image = self._panel(ax, None, None)
@@ -95,14 +98,14 @@ class CKAResult(Result):
                 count, [[(a, b) for b in range(count)] for a in reversed(range(count))]
             )
             rows, columns = len(pairs), len(pairs[0])
-            side = 4.2 if count <= 2 else max(2.4, 10 / count)
+            side = 3.4 if count <= 2 else max(2.4, 10 / count)
             figure = drawing.new_figure(side * columns + 0.7, side * rows + 0.6)
             axes = figure.subplots(rows, columns, squeeze=False)
             for line, row in zip(axes, pairs):
                 for one, (a, b) in zip(line, row):
                     image = self._panel(one, a, b)
             figure.colorbar(image, ax=axes, label="CKA", aspect=30, pad=0.01)
-            drawing.caption(figure, self._caption(), width=int(32 * side * columns * 0.8))
+            drawing.caption(figure, self._caption())
             return figure
 
     def _panel(self, ax: Any, a: int | None, b: int | None) -> Any:
@@ -121,7 +124,8 @@ class CKAResult(Result):
                 ax.axhline(edge, color="white", linewidth=1)
                 ax.axvline(edge, color="white", linewidth=1)
         else:
-            ax.set_title(names[a] if a == b else f"{names[a]} × {names[b]}")
+            title = names[a] if a == b else f"{names[a]} × {names[b]}"
+            ax.set_title(title if len(title) <= LONG_TITLE else title.replace(" × ", "\n× "))
         return image
 
     def _caption(self) -> str:

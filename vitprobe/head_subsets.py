@@ -97,7 +97,7 @@ class HeadSubsetsResult(Result):
             text = drawing.provenance_line(self.meta)
             text += f" Subsets of {self.heads.shape[1]} of {self.meta['heads']} heads. Bars: one"
             text += " standard error."
-            drawing.caption(figure, text, width=100)
+            drawing.caption(figure, text)
             return figure
 
     def findings(self) -> list[Finding]:

@@ -94,23 +94,24 @@ class LinearProbeResult(Result):
             count = len(self.models)
             figure = drawing.new_figure(3.1 * count + 1.2, 5.4)
             axes = figure.subplots(2, count, squeeze=False, height_ratios=(1.6, 1))
-            for m in range(count):
+            grids = [self._grid(self._last(m)) for m in range(count)]
+            # One scale for all models, of at least some accuracy: chance is not to look like a map.
+            low = min(float(grid.min()) for grid in grids)
+            high = max(low + MIN_RANGE, *(float(grid.max()) for grid in grids))
+            for m, grid in enumerate(grids):
                 self._lines(axes[0, m], m, by_model=False)
                 axes[0, m].sharey(axes[0, 0])
                 last = self._last(m)
-                grid = self._grid(last)
-                low = float(grid.min())
-                high = max(float(grid.max()), low + MIN_RANGE)
                 image = drawing.heat_map(axes[1, m], grid, vmin=low, vmax=high)
                 axes[1, m].invert_yaxis()  # a picture's first row is at its top
                 axes[1, m].set(aspect="equal", xticks=[], yticks=[])
-                figure.colorbar(image, ax=axes[1, m], label="accuracy")
                 axes[1, m].set_title(f"each token, {drawing.short(str(self.layers[last]))}")
+            figure.colorbar(image, ax=axes[1], label="accuracy", pad=0.01, panchor=False)
             axes[0, 0].set_ylabel("accuracy on test images")
             handles = [pair for one in axes[0] for pair in zip(*one.get_legend_handles_labels())]
             named = {name: handle for handle, name in handles}
             axes[0, 0].legend(named.values(), named.keys(), loc="upper left")
-            drawing.caption(figure, self._caption(), width=int(38 * count + 30))
+            drawing.caption(figure, self._caption())
             return figure
 
     def _lines(self, ax: Any, model: int, by_model: bool) -> None:
@@ -127,7 +128,7 @@ class LinearProbeResult(Result):
             )  # fmt: skip
         if not by_model or model == 0:
             ax.axhline(1 / len(self.meta["classes"]), color="0.6", linewidth=0.8, label="chance")
-        ax.set(xlabel="depth (share of blocks)", ylim=(0, None))
+        ax.set(xlabel="depth (share of blocks)", ylim=(0, 1.02))
         if by_model:
             ax.set_ylabel("accuracy on test images")
             ax.legend()

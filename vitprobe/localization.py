@@ -140,36 +140,41 @@ class LocalizationResult(Result):
             last = self._last_layers()
             deep = len(self.layers) > len(last)
             count = 5 if max(self.grids.max(0)) > 1 else 1
-            figure = drawing.new_figure(1.55 * count + 1.6 + 3.8 * deep, 1.75 * len(last) + 0.9)
+            height = max(1.75 * len(last) + 0.9, 3.4 * deep)
+            figure = drawing.new_figure(1.55 * count + 1.6 + 3.8 * deep, height)
             parts: Any = figure.subfigures(
                 1, 1 + deep, squeeze=False, width_ratios=[1.5 * count + 1.6, 3.8][: 1 + deep]
             )[0]
             maps, lines = parts[0], parts[-1]
             axes = maps.subplots(len(last), count, squeeze=False)
+            # One scale for all: whether one model is less localised must be seen.
+            scale = self._scale(last)
             for row, layer in zip(axes, last):
-                image = self._token_maps(row, layer)
-                # A scale each: an untrained model's tokens would leave the others dark.
-                maps.colorbar(image, ax=row, label="CKA with input patch", pad=0.01)
+                image = self._token_maps(row, layer, scale)
+            maps.colorbar(image, ax=axes, label="CKA with input patch", pad=0.01, panchor=False)
             if deep:
                 self._contrast_lines(lines.subplots())
-            drawing.caption(figure, self._caption(), width=int(22 * (1.55 * count + 4 * deep)))
+            drawing.caption(figure, self._caption())
             return figure
 
     def _last_layers(self) -> list[int]:
         return [int(self.rows_of(m)[-1])
                 for m in np.unique(self.model_of_layer)]  # fmt: skip
 
-    def _token_maps(self, row: Any, layer: int) -> Any:
+    def _scale(self, layers: list[int]) -> tuple[float, float]:
+        """From 0, or the lowest where that is negative, to the highest CKA of these layers."""
+        values = np.concatenate([self.of(layer).ravel() for layer in layers])
+        defined = values[np.isfinite(values)]
+        return min(float(defined.min(initial=0)), 0), max(float(defined.max(initial=0)), MIN_RANGE)
+
+    def _token_maps(self, row: Any, layer: int, scale: tuple[float, float]) -> Any:
         rows, columns = self.grids[layer]
         values = self.of(layer)
-        defined = values[np.isfinite(values)]
-        low = min(float(defined.min(initial=0)), 0.0)
-        high = max(float(defined.max(initial=0)), MIN_RANGE)
         # A corner, an edge, and three within, as far as the grid has them.
         spots = [(0, 0), (0, 1 / 2), (1 / 4, 1 / 4), (1 / 2, 1 / 2), (3 / 4, 1 / 4)]
         for ax, (down, along) in zip(row, spots):
             r, c = min(int(down * rows), rows - 1), min(int(along * columns), columns - 1)
-            image = drawing.heat_map(ax, values[r, c], vmin=low, vmax=high)
+            image = drawing.heat_map(ax, values[r, c], vmin=scale[0], vmax=scale[1])
             ax.invert_yaxis()  # a picture's first row is at its top
             ax.set(aspect="equal", xticks=[], yticks=[])
             ax.set_title(f"token {r * columns + c} ({r}, {c})", fontsize=7)

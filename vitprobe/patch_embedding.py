@@ -104,6 +104,8 @@ class PatchEmbeddingResult(Result):
                 return ax
             count = len(self.models)
             figure = drawing.new_figure(4.4 * min(2, count), 3.1 * -(-count // 2) + 0.4)
+            # Models must stand further apart than tiles.
+            figure.get_layout_engine().set(wspace=0.08, hspace=0.08)
             axes = figure.subplots(-(-count // 2), min(2, count), squeeze=False).ravel()
             for model, one in enumerate(axes):
                 if model < count:
@@ -112,7 +114,7 @@ class PatchEmbeddingResult(Result):
                     one.set_axis_off()
             text = drawing.provenance_line(self.meta)
             text += " Principal components row by row, each tile scaled to [0, 1] by itself."
-            drawing.caption(figure, text, width=60 * min(2, count))
+            drawing.caption(figure, text)
             return figure
 
     def _tiles(self, ax: Any, model: int) -> None:

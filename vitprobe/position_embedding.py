@@ -122,7 +122,7 @@ class PositionEmbeddingResult(Result):
                 one = figure.add_subplot(part)
                 image = self._biases(one, model)
                 figure.colorbar(image, ax=one, label="bias − its mean (logits)", aspect=25)
-            drawing.caption(figure, drawing.provenance_line(self.meta), width=110)
+            drawing.caption(figure, drawing.provenance_line(self.meta))
             return figure
 
     def _grids(self, ax: Any, table: int) -> Any:

@@ -148,21 +148,26 @@ class ReceptiveFieldResult(Result):
             if ax is not None:
                 self._areas(ax)
                 return ax
-            rows = [(m, log) for m in range(len(self.models)) for log in (False, True)]
+            count = len(self.models)
             panels = min(MAX_PANELS, int(np.bincount(self.model_of_layer).max()))
-            figure = drawing.new_figure(max(7.0, 1.25 * panels), 1.45 * len(rows) + 3.4)
-            grid = figure.add_gridspec(len(rows) + 1, 1, height_ratios=[1.45] * len(rows) + [2.9])
-            for place, (model, log) in zip(grid, rows):
-                self._fields(figure, place, model, log, panels)
-            self._areas(figure.add_subplot(grid[len(rows)]))
-            drawing.caption(figure, self._caption(), width=150)
+            figure = drawing.new_figure(max(7.0, 1.25 * panels), 2.9 * count + 3.4)
+            grid = figure.add_gridspec(count + 1, 1)
+            for model in range(count):
+                rows = grid[model].subgridspec(2, panels).subplots(squeeze=False)
+                for axes, log in zip(rows, (False, True)):
+                    self._fields(figure, axes, model, log)
+            self._areas(figure.add_subplot(grid[count]))
+            drawing.caption(figure, self._caption())
             return figure
 
-    def _fields(self, figure: Any, place: Any, model: int, log: bool, panels: int) -> None:
+    def _fields(self, figure: Any, axes: Any, model: int, log: bool) -> None:
         mine = self.rows_of(model)
-        count = min(panels, len(mine))
-        axes = place.subgridspec(1, panels).subplots(squeeze=False)[0]
-        chosen = mine[np.linspace(0, len(mine) - 1, count).round().astype(int)]
+        count = min(len(axes), len(mine))
+        # Branches are shown beside the sums that follow them.
+        together = 2 if self.meta["pre_residual"] else 1
+        groups = mine.reshape(-1, together)
+        at = np.linspace(0, len(groups) - 1, count // together).round().astype(int)
+        chosen = groups[at].ravel()
         for one, layer in zip(axes, chosen):
             field = self.field(layer)
             shown = field / field.max() if field.max() > 0 else field
@@ -191,25 +196,37 @@ class ReceptiveFieldResult(Result):
             bar.set_ticks([-4, -2, 0], labels=["1e-4", "0.01", "1"])
 
     def _areas(self, ax: Any) -> None:
-        """Both areas against depth; untrained models dotted, in the colour of their name."""
+        """Both areas against depth; untrained models dotted, in the colour of their name.
+
+        Branches have lines of their own, dashed.
+        """
         names = [name.removesuffix(" (random)") for name in self.models]
         for model, name in enumerate(self.models):
             rows = self.rows_of(model)
             depth = (np.arange(len(rows)) + 1) / len(rows)
+            lines = {"": (rows, depth, ":" if self._untrained(model) else "-")}
+            if self.meta["pre_residual"]:
+                lines = {
+                    " branches": (rows[::2], depth[::2], "--"),
+                    " sums": (rows[1::2], depth[1::2], "-"),
+                }
             colour = drawing.COLOURS[names.index(names[model]) % len(drawing.COLOURS)]
-            untrained = self.meta["models"][model]["weights"].startswith("random")
-            for share, marker in zip(SHARES, ("o", "^")):
+            for (what, (rows, depth, dashes)), share in product(lines.items(), SHARES):
                 mean, error = (
                     getattr(self, f"area{share * 100:.0f}{end}")[rows] for end in ("", "_se")
                 )
                 ax.plot(
-                    depth, mean, color=colour, marker=marker, markersize=3.5, linewidth=1.2,
-                    linestyle=":" if untrained else "-", label=f"{name}, {share:.0%}",
+                    depth, mean, color=colour, marker="o" if share == SHARES[0] else "^",
+                    markersize=3.5, linewidth=1.2, linestyle=dashes,
+                    label=f"{name}{what}, {share:.0%}",
                 )  # fmt: skip
                 ax.fill_between(depth, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
         ax.set(xlabel="depth (fraction of the layers)", ylim=(0, None))
         ax.set_ylabel("area with 50 % and 90 %\nof the gradient (fraction of picture)")
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+    def _untrained(self, model: int) -> bool:
+        return self.meta["models"][model]["weights"].startswith("random")
 
     def _caption(self) -> str:
         meta = self.meta
@@ -251,7 +268,7 @@ class ReceptiveFieldResult(Result):
             if np.isfinite(less[0]):
                 claim = f"attention alone is less centred on its own place than the sum in {name}"
                 numbers = f"share of the centre cell, sum minus attention: {plus_minus(*less)}"
-                found.append(Finding(claim, f"{source}, C.3", decided(*less), numbers))
+                found.append(Finding(claim, f"{source}, C.4", decided(*less), numbers))
         for a, b in product(np.flatnonzero(attends), np.flatnonzero(~np.array(attends))):
             (vit, vit_se), (cnn, cnn_se) = trend[a][0], trend[b][0]
             found.append(

@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             out = args.out or file.parent
             stem = args.stem or file.stem
             cli.check_writable(out, stem)
-            figure = result.plot()
+            if args.title:
+                result.meta["title"] = args.title
+            figure = result.figure()
             drawn = {out / f"{stem}.{name}": render(figure, name) for name in args.format}
             write_atomically(drawn)
             for path in drawn:

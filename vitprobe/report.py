@@ -30,10 +30,10 @@ from vitprobe.core.errors import NotApplicable, VitprobeError
 from vitprobe.core.images import open_images
 from vitprobe.core.labelled import open_task
 from vitprobe.core.models import Model, bundled_models, load_models
-from vitprobe.core.report_page import Section, page
-from vitprobe.core.results import ANALYSES, Result, load_result
 from vitprobe.core.options import Options
 from vitprobe.core.provenance import command_line
+from vitprobe.core.report_page import Section, page
+from vitprobe.core.results import ANALYSES, Result, load_result
 from vitprobe.core.running import session
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")

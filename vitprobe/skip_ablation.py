@@ -106,7 +106,7 @@ class SkipAblationResult(Result):
                     first = place == 0 or self.meta["trained_without"]
                     image = self._panel(one, int(panel), first)
             figure.colorbar(image, ax=axes, label="CKA", aspect=30, pad=0.01)
-            drawing.caption(figure, self._caption(), width=int(85 * columns * 0.8))
+            drawing.caption(figure, self._caption())
             return figure
 
     def _panel(self, ax: Any, panel: int, first: bool) -> Any:
@@ -115,7 +115,7 @@ class SkipAblationResult(Result):
         low = min(0.0, float(np.nanmin(self.cka))) if np.isfinite(self.cka).any() else 0.0
         image = drawing.heat_map(ax, values, vmin=low, vmax=1)
         for axis in (ax.xaxis, ax.yaxis):
-            drawing.layer_axis(axis, names, "layer")
+            drawing.layer_axis(axis, names, "")
         if not first:
             ax.set(yticks=[], ylabel="")
         ax.set(xticks=[], xlabel="layer, same order")

@@ -127,8 +127,9 @@ class SkipRatioResult(Result):
             maps = [m for m, layout in enumerate(self.meta["layouts"]) if layout["tokens"] > 1]
             figure = drawing.new_figure(9, 4 + 2.9 * len(maps))
             grid = figure.add_gridspec(len(maps) + 2, 1, height_ratios=[2.9] * len(maps) + [0.4, 3])
+            values = self._logs(maps)
             for place, model in zip(grid, maps):
-                self._heat_maps(figure, place, model)
+                self._heat_maps(figure, place, model, values)
             below = grid[len(maps) + 1].subgridspec(1, 2)
             ratio, cosine = (figure.add_subplot(below[0, i]) for i in (0, 1))
             self._lines(ratio, "ratio")
@@ -136,23 +137,28 @@ class SkipRatioResult(Result):
             key = figure.add_subplot(grid[len(maps)])
             key.axis("off")
             key.legend(*ratio.get_legend_handles_labels(), fontsize=6.5, loc="center", ncols=3)
-            drawing.caption(figure, self._caption(), width=150)
+            drawing.caption(figure, self._caption())
             return figure
 
-    def _heat_maps(self, figure: Any, place: Any, model: int) -> None:
+    def _logs(self, models: list[int]) -> np.ndarray:
+        """(additions, tokens) log10 of the ratios of these models, NaN elsewhere."""
+        with np.errstate(divide="ignore"):
+            values = np.log10(self.ratio)
+        values[~np.isfinite(values) | ~np.isin(self.model_of_layer, models)[:, None]] = np.nan
+        return values
+
+    def _heat_maps(self, figure: Any, place: Any, model: int, values: np.ndarray) -> None:
         kinds = [kind for kind in _LINES if len(self.of(model, kind))]
         tokens = self.meta["layouts"][model]["tokens"]
         axes = place.subgridspec(1, len(kinds)).subplots(squeeze=False)[0]
-        with np.errstate(divide="ignore"):
-            values = np.log10(self.ratio[:, :tokens])
-        values[~np.isfinite(values)] = np.nan
-        shown = values[self.of(model)]
-        low, high = (0.0, 1.0) if np.isnan(shown).all() else np.nanpercentile(shown, (0.5, 99.5))
+        # One scale for all models.
+        low, high = (0.0, 1.0) if np.isnan(values).all() else np.nanpercentile(values, (0.5, 99.5))
         for one, kind in zip(axes, kinds):
-            rows = self.of(model, kind)
-            image = drawing.heat_map(one, values[rows], vmin=low, vmax=max(high, low + 1e-6))
+            shown = values[self.of(model, kind), :tokens]
+            image = drawing.heat_map(one, shown, vmin=low, vmax=max(high, low + 1e-6))
             one.set_xlabel("token" + (", 0 = class" if self._has_class(model) else ""))
-            drawing.layer_axis(one.yaxis, [str(name) for name in self.layers[rows]], "")
+            names = [str(name) for name in self.layers[self.of(model, kind)]]
+            drawing.layer_axis(one.yaxis, names, "")
             one.set_title(f"{self.models[model]}: {kind}")
         bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.01, extend="both")
         ticks, labels = _ticks(low, high)

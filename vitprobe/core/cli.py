@@ -80,6 +80,7 @@ def add_output(result: argparse.ArgumentParser) -> None:
     add = result.add_argument
     add("--out", type=Path, default=Path(DEFAULT_OUT), metavar="DIR", help="folder (%(default)s)")
     add("--stem", metavar="NAME", help="file name without suffix")
+    add("--title", metavar="TEXT", help="over the figure, kept in the file")
     add("--format", nargs="+", choices=FORMATS, default=["png"], help="of the figure")
     add("--quiet", action="store_true", help="no progress bar")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -130,6 +131,8 @@ def run(
         check_writable(args.out, stem(args, name))
         result = measure(args)
         processes.leave()
+        if args.title:
+            result.meta["title"] = args.title
         if processes.is_main_process():
             _write(result, args, stem(args, name))
 

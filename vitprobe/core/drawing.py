@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 DPI = 150
-MAX_NAMED_LAYERS = 40
+MAX_NAMED_LAYERS = 26
 # Okabe and Ito's palette, which stays apart for the colour-blind; models keep their colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SEQUENTIAL = "magma"
@@ -81,9 +81,8 @@ def layer_axis(axis: Any, names: Sequence[str], label: str) -> None:
             axis.set_tick_params(rotation=90)
     else:
         axis.set_major_locator(MaxNLocator(8, integer=True))
-        label = f"{label}, layer 0–{count - 1}"
-    size = 7 if count <= 26 else 5
-    axis.set_tick_params(labelsize=size, length=2)
+        label = ", ".join(filter(None, [label, f"layer 0–{count - 1}"]))
+    axis.set_tick_params(labelsize=7, length=2)
     axis.set_label_text(label)
 
 
@@ -92,9 +91,21 @@ def short(name: str, width: int = 24) -> str:
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-(width // 2) :]}"
 
 
-def caption(figure: Figure, text: str, width: int = 110) -> None:
-    """A small line under the figure: n, weights, choices."""
-    figure.supxlabel("\n".join(textwrap.wrap(text, width)), fontsize=6.5, color="0.35")
+def caption(figure: Figure, text: str) -> None:
+    """Small lines under the figure, as wide as it is: n, weights, choices."""
+    figure.supxlabel(wrapped(figure, text, 18), fontsize=6.5, color="0.35")
+
+
+def wrapped(figure: Figure, text: str, letters_per_inch: float) -> str:
+    """The text in lines that fit the figure."""
+    return "\n".join(textwrap.wrap(text, int(letters_per_inch * figure.get_figwidth())))
+
+
+def titled(figure: Figure, title: str) -> Figure:
+    """The figure with a title over all of its panels, if that is not empty."""
+    if title:
+        figure.suptitle(wrapped(figure, title, 11), fontsize=10, fontweight="bold")
+    return figure
 
 
 def provenance_line(meta: dict[str, Any]) -> str:

@@ -152,6 +152,12 @@ class Result:
         """Draw on ``ax`` and return it, or on a new figure and return that; computes nothing."""
         raise NotImplementedError
 
+    def figure(self) -> Any:
+        """``plot()`` under its title, where ``meta`` holds one (``--title``)."""
+        from vitprobe.core.drawing import titled
+
+        return titled(self.plot(), self.meta.get("title", ""))
+
     def findings(self) -> list[Finding]:
         """The papers' claims that apply to these models, each with its verdict and numbers."""
         return []
@@ -209,7 +215,7 @@ class Result:
         stem = Path(path)
         if stem.suffix.lstrip(".") in (*FORMATS, "npz"):
             stem = stem.with_suffix("")
-        figure = self.plot()
+        figure = self.figure()
         contents = {Path(f"{stem}.{name}"): render(figure, name) for name in formats}
         contents[Path(f"{stem}.npz")] = self.npz()
         write_atomically(contents)
@@ -255,7 +261,7 @@ class Result:
     def _repr_png_(self) -> bytes:
         from vitprobe.core.drawing import render
 
-        return render(self.plot(), "png")
+        return render(self.figure(), "png")
 
 
 def load_result(path: str | Path) -> Result:

@@ -1,0 +1,140 @@
+"""What the gallery's scripts share: a figure is a command with its arguments, drawn into figures/.
+
+A script makes one ``Figure``. Its options are those of its command (``--models``, ``--images``,
+``--num-images``, ``--out`` ...), with other defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vitprobe._version import __version__
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.models import bundled_models
+from vitprobe.core.results import Result, load_result
+
+FIGURES = Path(__file__).parents[1] / "figures"
+# Options with the number of their values that say how and where to, not what.
+MANNERS = {"--out": 1, "--device": 1, "--workers": 1, "--save-every": 1}
+MANNERS |= {"--fresh": 0, "--quiet": 0, "--debug": 0}
+# Arguments that hold for a figure's own models only.
+OF_THE_MODELS = ("models", "pairwise", "trained_without")
+
+
+class Figure:
+    """One figure of a paper: what a command draws from its arguments.
+
+    Args:
+        doc: the script's docstring; its first line is the title.
+        script: its path, whose stem is that of the files drawn.
+        command: a measurement, such as ``vitprobe.cka``.
+        note: what differs from the paper's figure, as part of the title.
+        needs: bundled models without which there is nothing to draw.
+        arguments: options of the command, ``num_images=512`` for ``--num-images 512``.
+    """
+
+    def __init__(
+        self,
+        doc: str | None,
+        script: str,
+        command: ModuleType,
+        *,
+        note: str = "",
+        needs: Sequence[str] = (),
+        **arguments: Any,
+    ) -> None:
+        self.stem, self.command, self.arguments = Path(script).stem, command, arguments
+        self.title, self.note = (doc or "").split("\n")[0].rstrip("."), note
+        self.missing = [name for name in needs if name not in bundled_models()]
+
+    def command_line(self, given: Sequence[str] = ()) -> list[str]:
+        """All arguments of the command; of an option given twice it takes the last."""
+        others = _models_in(given)
+        title = f"{self.title} ({self.note})" if self.note and not others else self.title
+        line = ["--out", os.path.relpath(FIGURES), "--stem", self.stem, "--title", title]
+        for name, value in self.arguments.items():
+            if others and name in OF_THE_MODELS:
+                continue
+            line.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                line += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
+        return [*line, *given]
+
+    def lacks(self, given: Sequence[str] = ()) -> list[str]:
+        """Bundled models that are missing, unless others are given."""
+        return [] if _models_in(given) else self.missing
+
+    def why_not(self) -> str:
+        """Why there is no figure without other models."""
+        return (
+            f"{' and '.join(self.missing)} {'is' if len(self.missing) == 1 else 'are'} not bundled"
+        )
+
+    def is_there(self, out: Path, given: Sequence[str] = ()) -> bool:
+        """Whether this command, version and weights have drawn the figure in ``out`` already."""
+        file = out / f"{self.stem}.npz"
+        try:
+            result = load_result(file)
+        except VitprobeError:
+            return False
+        meta = result.meta
+        line = shlex.split(str(meta["command"]))[3:]  # after python -m vitprobe.NAME
+        return (
+            file.with_suffix(".png").is_file()
+            and deciding(line) == deciding(self.command_line(given))
+            and meta["versions"]["vitprobe"] == __version__
+            and all(map(_has_these_weights, meta["models"]))
+        )
+
+    def main(self, given: Sequence[str] | None = None) -> int:
+        """Measure, save, print the paths and the findings; the exit status of the command."""
+        given = sys.argv[1:] if given is None else given
+        if self.lacks(given):
+            print(f"{self.stem}: left out, as {self.why_not()}")
+            return 0
+        # From here on the process is that command: the file says how to make it without the script.
+        before = sys.argv
+        sys.argv = [str(self.command.__file__), *self.command_line(given)]
+        try:
+            return self.command.main()
+        finally:
+            sys.argv = before
+
+
+def deciding(line: Sequence[str]) -> list[str]:
+    """A command line without what decides nothing."""
+    kept, skip = [], 0
+    for word in line:
+        if word in MANNERS:
+            skip = MANNERS[word]
+        elif skip:
+            skip -= 1
+        else:
+            kept.append(word)
+    return kept
+
+
+def command_of(result: Result) -> str:
+    """The command that makes a result, without its place, name and title."""
+    words = shlex.split(str(result.meta.get("command", "")))
+    for option in ("--out", "--stem", "--title"):
+        while option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    return shlex.join(words)
+
+
+def _models_in(given: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] in ("--models", "--pairwise") for word in given)
+
+
+def _has_these_weights(model: dict[str, Any]) -> bool:
+    """Bundled weights may be trained anew under their old name."""
+    sha256 = model.get("card", {}).get("sha256")
+    return sha256 is None or sha256 == bundled_models().get(model["name"], {}).get("sha256")

@@ -1,0 +1,79 @@
+"""The gallery's index page: every figure with its title, command and findings, from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from gallery import command_of
+
+from vitprobe.core.errors import VitprobeError
+from vitprobe.core.results import Result, load_result
+
+INTRODUCTION = """\
+# Figures
+
+Drawn by `python -m analyses` (or `python -m analyses 'raghu_fig03*'`, or one script alone), which
+wrote this page from the numbers beside the figures: `NAME.npz` holds them with their provenance
+(`vitprobe.load_result`), and `python -m vitprobe.redraw figures/NAME.npz` draws them again.
+
+The small networks that come with vitprobe stand in for the papers', and digit scenes for ImageNet:
+their findings are about them. Each script's docstring has the options for the papers' networks.
+"""
+
+
+def write(folder: Path, scripts: Sequence[str]) -> Path:
+    """Write ``README.md`` about the figures in a folder and its subfolder ``real``.
+
+    Args:
+        folder: with PNG and NPZ of the same stem.
+        scripts: names of the scripts that may have drawn them, in the page's order.
+    """
+    results = _results(folder)
+    mine = [name for name in scripts if name in results]
+    parts = [INTRODUCTION]
+    for paper, start in (("Raghu et al. 2021", "raghu_"), ("Dosovitskiy et al. 2021", "vit_")):
+        drawn = [_entry(folder, n, results[n]) for n in mine if n.startswith(start)]
+        parts += [f"## {paper}\n", *drawn] if drawn else []
+    others = [_entry(folder, n, r) for n, r in results.items() if n not in mine]
+    parts += ["## On weights from elsewhere\n", *others] if others else []
+    parts += _left_out([name for name in scripts if name not in results])
+    page = folder / "README.md"
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return page
+
+
+def _results(folder: Path) -> dict[str, Result]:
+    """Path without suffix, relative to the folder -> what it holds; other files are passed over."""
+    found = {}
+    for file in sorted([*folder.glob("*.npz"), *folder.glob("real/*.npz")]):
+        try:
+            found[file.relative_to(folder).with_suffix("").as_posix()] = load_result(file)
+        except VitprobeError:
+            continue
+    return found
+
+
+def _entry(folder: Path, name: str, result: Result) -> str:
+    title = result.meta.get("title") or name
+    lines = [f"### {title}\n"]
+    if (folder / f"{name}.png").is_file():
+        lines.append(f"![{title}]({name}.png)\n")
+    script = f"`python analyses/{name}.py`, that is " if name.startswith(("raghu_", "vit_")) else ""
+    lines.append(f"{script}`{command_of(result)}`\n")
+    lines += [
+        f"- **{one.verdict}**: {one.claim} ({one.source}). {one.numbers[:1].upper()}"
+        f"{one.numbers[1:]}."
+        for one in result.findings()
+    ] or ["No claim of the papers is tested on it."]
+    return "\n".join(lines) + "\n"
+
+
+def _left_out(names: Sequence[str]) -> list[str]:
+    lines = []
+    for name in names:
+        figure = import_module(name).FIGURE
+        if figure.missing:
+            lines.append(f"- {figure.title}: {figure.why_not()} (`python analyses/{name}.py`).")
+    return ["## Not drawn\n", *lines, ""] if lines else []

@@ -1,0 +1,20 @@
+"""Raghu et al. 2021, Figure 12: CKA with networks trained on less data, block by block.
+
+Look for: networks trained on a tenth of the pictures and on all of them are alike in low blocks
+and less and less so in high ones.
+
+No such series of the paper is public. With your own, from little to much data:
+    --pairwise LITTLE ALL HALF ALL
+"""
+
+from gallery import Figure
+
+from vitprobe import cka
+
+PAIRS = ["vit_small_box_10pct", "vit_small_box", "resnet_box_10pct", "resnet_box"]
+FIGURE = Figure(
+    __doc__, __file__, cka, needs=PAIRS, pairwise=PAIRS, num_images=1024, batch_size=128
+)
+
+if __name__ == "__main__":
+    raise SystemExit(FIGURE.main())
