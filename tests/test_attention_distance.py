@@ -195,7 +195,9 @@ class TestResult:
             np.array(list("abcd")),
             np.zeros(4, int),
         )
-        assert [finding.verdict for finding in made.findings()] == [HOLDS, HOLDS]
+        assert [finding.verdict for finding in made.findings()] == [HOLDS, FAILS]
+        # Two heads of 5 and two of 95 px in the highest blocks: the median is between them.
+        assert "median head 0.500 ± 0.010" in made.findings()[1].numbers
         all_near = attention_distance.AttentionDistanceResult(
             meta, local / 100, np.ones((4, 3)), np.full(4, 100.0), made.layers, made.model_of_layer
         )

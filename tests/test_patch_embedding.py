@@ -40,8 +40,17 @@ def test_smoothness_of_waves_and_noise():
     wave = np.cos(x)[:, None, None] * np.ones((1, 16, 3))
     assert smoothness(wave) > 0.9
     assert abs(smoothness(np.random.default_rng(0).normal(size=(64, 64, 3)))) < 0.05
-    checkers = np.indices((8, 8)).sum(0)[..., None] % 2 * np.ones(3)
-    assert smoothness(checkers) < -0.8
+    checkers = 2 * (np.indices((8, 8)).sum(0)[..., None] % 2) - np.ones(3)
+    assert smoothness(checkers) == -1
+
+
+def test_one_colour_is_smooth_and_small_tiles_of_noise_have_no_bias():
+    generator = np.random.default_rng(0)
+    blue = np.broadcast_to([-0.1, 0.0, 0.9], (3, 3, 3))
+    assert smoothness(blue) == pytest.approx(1)
+    assert smoothness(blue + generator.normal(scale=0.01, size=blue.shape)) > 0.99
+    noise = [smoothness(generator.normal(size=(3, 3, 3))) for _ in range(2000)]
+    assert abs(np.mean(noise)) < 3 * np.std(noise) / np.sqrt(len(noise))
 
 
 def test_a_stem_made_of_known_filters():

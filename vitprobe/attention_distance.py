@@ -194,8 +194,10 @@ class AttentionDistanceResult(Result):
 def _pick(share: np.ndarray, error: np.ndarray, rank: int | None) -> tuple[float, float]:
     """The head of a rank among several layers' heads, the median one for None."""
     order = np.argsort(share.ravel())[: np.isfinite(share).sum()]
-    at = order[len(order) // 2 if rank is None else rank]
-    return float(share.ravel()[at]), float(error.ravel()[at])
+    # Of an even number of heads the two in the middle; their errors may well go together.
+    middle = slice((len(order) - 1) // 2, len(order) // 2 + 1)
+    at = order[middle] if rank is None else order[[rank]]
+    return float(share.ravel()[at].mean()), float(error.ravel()[at].mean())
 
 
 RESULT = AttentionDistanceResult

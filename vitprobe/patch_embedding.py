@@ -56,10 +56,13 @@ def principal_components(filters: np.ndarray, count: int) -> tuple[np.ndarray, n
 
 
 def smoothness(tile: np.ndarray) -> float:
-    """Correlation of neighbouring weights of a tile (height, width, channels), within channels."""
-    centred = tile - tile.mean((0, 1))
-    power = (centred**2).mean()
-    beside = (centred[:, 1:] * centred[:, :-1]).mean() + (centred[1:] * centred[:-1]).mean()
+    """Correlation of neighbouring weights of a tile (height, width, channels), within channels.
+
+    About 0, not about the tile's mean: a tile of one colour is the smoothest that there is, and
+    white noise has a correlation of 0 also where tiles are small.
+    """
+    power = (tile**2).mean()
+    beside = (tile[:, 1:] * tile[:, :-1]).mean() + (tile[1:] * tile[:-1]).mean()
     return float(beside / (2 * power)) if power > 0 else 1.0
 
 
