@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vitprobe import VitprobeError, cka, load_result, wrap
+from vitprobe.core import vit_and_cnn
 from vitprobe.core.results import FAILS, HOLDS, OPEN, decide
 
 
@@ -263,3 +264,13 @@ def test_a_module_without_a_transform_says_how_to_give_one(pictures):
         cka.measure(nn.Conv2d(3, 3, 1), pictures)
     with pytest.raises(VitprobeError, match=r"must be a name or an nn.Module, not int"):
         cka.measure([3], pictures)
+
+
+def test_a_map_that_only_fades_with_depth_has_no_stages():
+    depth = torch.arange(6.0, dtype=torch.float64)
+    fading = 1 - 0.1 * (depth[:, None] - depth).abs()
+    stages = [(8, 8)] * 3 + [(4, 4)] * 3
+    assert abs(float(vit_and_cnn._stage_split(fading, stages))) < 1e-12
+    split = torch.block_diag(*[torch.full((3, 3), 0.6, dtype=torch.float64)] * 2) + 0.3
+    assert float(vit_and_cnn._stage_split(split, stages)) == pytest.approx(0.6)
+    assert vit_and_cnn._stage_split(fading, [(8, 8)] * 6).isnan()

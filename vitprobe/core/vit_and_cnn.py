@@ -75,10 +75,18 @@ def _low_and_high(values: Tensor) -> Tensor:
 
 
 def _stage_split(values: Tensor, stages: list[tuple[int, ...]]) -> Tensor:
-    """Mean CKA of different layers of one stage minus that of layers of different stages."""
+    """Mean CKA of layers of one stage minus that of layers of two, equally far apart in depth.
+
+    Compared at equal distances, a map that only fades with depth has no stages. NaN where no
+    distance has pairs of both kinds.
+    """
     same = torch.tensor([[s == t for t in stages] for s in stages])
-    apart = ~torch.eye(len(stages), dtype=torch.bool)
-    return values[same & apart].nanmean() - values[~same].nanmean()
+    gaps = []
+    for distance in range(1, len(stages)):
+        line, alike = values.diagonal(distance), same.diagonal(distance)
+        if alike.any() and not alike.all():
+            gaps.append(line[alike].nanmean() - line[~alike].nanmean())
+    return torch.stack(gaps).nanmean() if gaps else values.new_tensor(torch.nan)
 
 
 def _best_match_depth(cross: Tensor) -> Tensor:
@@ -111,8 +119,8 @@ def findings(pairs: list[dict[str, Any]], replicates: int | None = None) -> list
                 combine([decided(spread[0], spread[1], CLEARLY), decided(*stages)]),
                 f"mean CKA of lowest and highest third: {vit} {plus_minus(*pair['vit'])}, "
                 f"{cnn} {plus_minus(*pair['cnn'])}, difference {plus_minus(*spread)} (more "
-                f"than {CLEARLY} asked); {cnn} within minus between stages "
-                f"{plus_minus(*stages)}",
+                f"than {CLEARLY} asked); {cnn} within minus between stages, equally far "
+                f"apart, {plus_minus(*stages)}",
             )
         )
         depth_left = (None if depth[0] is None else EARLY_DEPTH - depth[0], depth[1])
