@@ -133,7 +133,7 @@ class TestProbabilities:
         for fused, inline in zip(*maps):
             torch.testing.assert_close(fused, inline, atol=1e-6, rtol=1e-4)
 
-    def test_pytorchs_own_attention(self):
+    def test_pytorchs_own_attention(self, monkeypatch):
         class Own(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -153,6 +153,10 @@ class TestProbabilities:
             expected = module.own(x, x, x, average_attn_weights=False)[1]
         torch.testing.assert_close(block[:, 0], expected)
         np.testing.assert_allclose(found.layers[0].keys[0], grid(2, 3, 4, 2))
+        # What it puts out beside its weights is held against what it put out.
+        monkeypatch.setitem(observer._TOLERANCE, torch.float32, -1.0)
+        with pytest.raises(VitprobeError, match="does not give what the layer put out"):
+            collected(module, found, images)
 
     def test_blocks_of_few_queries_make_up_the_whole(self, monkeypatch):
         module = create("test_vit", img_size=64)

@@ -102,6 +102,9 @@ class _Observer(AttentionMode):
     ) -> Iterator[tuple[Tensor, slice, slice]]:
         shape = layer.queries.shape[1], layer.keys.shape[1]
         probabilities = None
+        if operation.twice is not None:
+            out, again = operation.twice
+            self._check_output(layer, again, out)
         if operation.map is not None:
             probabilities = layer.arrange(operation.map)
             n, found = len(probabilities), tuple(probabilities.shape[-2:])

@@ -7,7 +7,8 @@ A product whose left operand is a softmax over its last axis: that operand, as i
 the values. What is done to it before (a gated mix of two maps) is thereby included; rows that no
 longer are probabilities are an error.
 
-``torch.nn.MultiheadAttention`` gives its weights itself, on request.
+``torch.nn.MultiheadAttention`` gives its weights itself, on request, and with them must put out
+what it put out without.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Operation:
         mask, causal, scale, grouped: of ``scaled_dot_product_attention``.
         softmax: the softmax that made the map, among those of the pass.
         length_first: queries and keys are (length, images, features), heads side by side.
+        twice: what the module put out, and what it puts out when it also gives its weights.
     """
 
     out: Tensor | None
@@ -59,6 +61,7 @@ class Operation:
     scale: float = 1.0
     grouped: bool = False
     length_first: bool = False
+    twice: tuple[Tensor, Tensor] | None = None
 
     def leading(self) -> tuple[int, ...]:
         """The axes before (queries, keys): images, windows, heads."""
@@ -135,9 +138,11 @@ def _recognise(
         yield _fused(result, *args, **kwargs)
     elif function is F.multi_head_attention_forward:
         asked = {**kwargs, "need_weights": True, "average_attn_weights": False}
-        weights = function(*args, **asked)[1]
+        again, weights = function(*args, **asked)
         if weights.ndim == 4:
-            yield Operation(None, args[0], args[1], map=weights, length_first=True)
+            yield Operation(
+                None, args[0], args[1], map=weights, length_first=True, twice=(result[0], again)
+            )
     elif function in PRODUCTS:
         left, right = args[0], args[1]
         if (tag := _tag(left)) and not tag.turned:

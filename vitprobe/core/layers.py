@@ -57,7 +57,8 @@ class Layer:
 
     def by_image(self, tensor: Tensor) -> Tensor:
         """The tensor with its images along the first axis, and only they."""
-        tensor = tensor.movedim(self.axis, 0)
+        if self.axis:
+            tensor = tensor.movedim(self.axis, 0)
         if self.fold > 1:
             tensor = tensor.unflatten(0, (-1, self.fold))
         return tensor
