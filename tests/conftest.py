@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+# A shell that runs the suite in the background has Ctrl-C ignored, here and in all processes begun
+# from here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_three_models_draw_a_grid_and_any_figure_shows_its_own_data(tensors):
     panels = [ax for ax in figure.axes if ax.images and ax.get_title()]
     assert len(panels) == 9
     for ax in panels:
-        a, _, b = ax.get_title().partition(" × ")
+        a, _, b = ax.get_title().replace("\n", " ").partition(" × ")
         drawn = ax.images[0].get_array()
         np.testing.assert_array_equal(drawn, result.of(a, b or a))
         assert ax.images[0].origin == "lower"

@@ -52,7 +52,7 @@ def _panel(figure: Any, ax: Any, values: np.ndarray) -> dict[str, Any]:
         "low": low,
         "high": high,
         "data": base64.b64encode(steps.tobytes()).decode(),
-        "title": ax.get_title().replace("\n", ", "),
+        "title": ax.get_title().replace("\n× ", " × ").replace("\n", ", "),
         "y": _names(ax.yaxis, rows),
         "x": _names(ax.xaxis, columns),
         "ylabel": ax.get_ylabel().replace("\n", " "),
