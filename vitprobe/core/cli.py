@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from vitprobe.core.processes import is_main_process
 from vitprobe.core.results import FORMATS, Result
 
 INTERRUPTED, FAILED = 130, 2
+LONGEST_STEM = 120
 DEFAULT_OUT = "vitprobe-out"
 # What every command runs on when nothing is said; they come with vitprobe.
 DEFAULT_MODELS = ("vit_small_box", "resnet_box")
@@ -91,7 +93,11 @@ def stem(args: argparse.Namespace, name: str) -> str:
     """``--stem``, or ``NAME-MODEL-MODEL``."""
     if args.stem:
         return args.stem
-    return "-".join([name, *(slug(model) for model in args.models or [])])
+    whole = "-".join([name, *(slug(model) for model in args.models or [])])
+    # File systems take 255 bytes, and suffixes follow.
+    if len(whole) > LONGEST_STEM:
+        whole = f"{whole[:LONGEST_STEM]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return whole
 
 
 def slug(spec: str) -> str:
