@@ -1,5 +1,6 @@
 """The report: one page that stands alone, says every verdict, and goes on where it was stopped."""
 
+import argparse
 import base64
 import contextlib
 import html
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from vitprobe import VitprobeError, cka, load_result, patch_embedding, report, skip_ratio
-from vitprobe.core import drawing, report_panels
+from vitprobe.core import cli, drawing, report_panels
 from vitprobe.core.report_page import page
 from vitprobe.core.results import ANALYSES
 from vitprobe.core.tables import long_table
@@ -181,6 +182,14 @@ def test_a_measurement_that_fails_is_told_and_spoils_no_other(
     assert "failed: The layer &lt;x&gt; is not finite." in text and "patch_embedding.npz" in text
 
 
+def test_many_models_make_no_name_that_is_too_long():
+    args = argparse.Namespace(stem=None, models=[f"resnet50.a{i}_in1k" for i in range(30)])
+    other = argparse.Namespace(stem=None, models=[*args.models, "one_more"])
+    assert len(cli.stem(args, "report")) < 150 and cli.stem(args, "report") != cli.stem(
+        other, "report"
+    )
+
+
 def test_images_without_labels_have_no_probes(pictures, tmp_path):
     for path in sorted(pictures.rglob("*.png")):
         path.rename(pictures / path.name)
@@ -253,6 +262,8 @@ const box = maps[2].getBoundingClientRect();
 maps[2].dispatchEvent(new PointerEvent("pointermove",
   { clientX: box.left + 0.99 * box.width, clientY: box.top + 0.01 * box.height }));
 said.pointer = told.textContent;
+document.querySelector("[id^=sheet-skip_ratio] .map").focus();
+said.ratio = document.querySelector("[id^=value-skip_ratio]").textContent;
 const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
 document.body.innerHTML = "";
 document.body.textContent = "@@" + JSON.stringify({ errors, said, wide, maps: maps.length }) + "@@";
@@ -280,6 +291,9 @@ def test_in_a_browser_cells_tell_their_values(made, tmp_path, width):
         "keys": (result.of(vit)[2, 1], "blocks.2 × blocks.1", vit),
         "pointer": (result.of(vit, cnn)[-1, -1], "blocks.5 × layer4.0", f"{vit} × {cnn}"),
     }
+    ratio = load_result(made[0] / f"{STEM}-skip_ratio.npz").ratio[0, 0]
+    shown = re.search(r"column 0: ‖z‖ / ‖f\(z\)‖ (\S+)", found["said"]["ratio"])
+    assert abs(float(shown[1]) - ratio) <= 5e-3 * ratio
     for how, (value, where, title) in told.items():
         shown = re.fullmatch(rf"{where}: CKA (\S+) \({re.escape(title)}\)", found["said"][how])
         assert shown, found["said"][how]

@@ -22,7 +22,7 @@ from vitprobe.core.results import FORMATS, Result
 
 INTERRUPTED, FAILED = 130, 2
 GRACE_S = 1.0
-MAX_STEM = 150
+MAX_STEM = 120
 DEFAULT_OUT = "vitprobe-out"
 # What every command runs on when nothing is said; they come with vitprobe.
 DEFAULT_MODELS = ("vit_small_box", "resnet_box")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -120,7 +121,9 @@ def render(figure: Figure, file_format: str) -> bytes:
     buffer = io.BytesIO()
     stamp: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     options: Any = {"pil_kwargs": {"optimize": True}} if file_format == "png" else {}
-    with style():
+    with style(), warnings.catch_warnings():
+        # On a busy machine placing a legend can take a second: that is no fault of the figure.
+        warnings.filterwarnings("ignore", message="Creating legend with loc")
         figure.savefig(
             buffer, format=file_format, dpi=DPI, metadata=stamp.get(file_format), **options
         )

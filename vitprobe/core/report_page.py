@@ -68,6 +68,7 @@ def page(sections: Sequence[Section], missing: Sequence[tuple[str, str]], models
             "panels": one["panels"],
             "value": section.text.value,
             "places": section.text.places,
+            "logarithms": section.text.logarithms,
         }
         for section, one in zip(sections, shown)
         if one["panels"]

@@ -15,6 +15,7 @@ class Text:
         read: how to read it.
         value: what a heat map's cell holds; empty where there is no heat map to point at.
         places: whether rows and columns of the heat maps mean something by themselves.
+        logarithms: whether the heat maps are drawn from logarithms (to base 10) of the value.
     """
 
     title: str
@@ -22,6 +23,7 @@ class Text:
     read: str
     value: str = ""
     places: bool = True
+    logarithms: bool = False
 
 
 TEXTS = {
@@ -73,7 +75,8 @@ TEXTS = {
         "between the two, at every residual addition; Raghu et al., Figures 7, E.1 and E.2.",
         "A ratio above 1 says that the representation passes a block mostly through the skip. "
         "Hatched, or without a line: the branch is exactly 0.",
-        "log₁₀ of the ratio",
+        "‖z‖ / ‖f(z)‖",
+        logarithms=True,
     ),
     "skip_ablation": Text(
         "Without the skips of one block",
