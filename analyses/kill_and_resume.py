@@ -86,7 +86,8 @@ def measure(name: str, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         status = import_module(f"vitprobe.{name}").main(arguments)
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def start(processes: Any, name: str, out: Path) -> Any:
