@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vitprobe import VitprobeError, cka, open_images, wrap
+from vitprobe import VitprobeError, attention_distance, cka, open_images, wrap
 from vitprobe.core import memory, pictures
 from vitprobe.core.capture import capture
 from vitprobe.core.checkpoint import UntilWritten, write_atomically
@@ -31,6 +31,10 @@ def noise(height, width, seed=0):
 def small():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float()
 
 
 class Evil:
@@ -80,7 +84,7 @@ def test_decoding_is_bounded(tmp_path):
         (tmp_path / "big.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with pytest.raises((ValueError, OSError), match="pixels|truncated"):
+            with pytest.raises((ValueError, OSError), match=r"pixels|truncated"):
                 pictures.decoded(tmp_path / "big.png")
     # Pictures that a program draws are not drawn, whatever their name.
     (tmp_path / "drawn.png").write_bytes(
@@ -157,7 +161,6 @@ def test_images_that_vanish_stop_the_run_and_do_not_count_as_broken(tmp_path):
             return self.net(x)
 
     def measured():
-        to_tensor = lambda image: torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float()  # noqa: E731
         model = wrap(Unmounts(), name="net", transform=to_tensor)
         return cka.measure(
             model, folder, batch_size=8, layers="net.*", workers=0, checkpoint=tmp_path / "state"
@@ -169,6 +172,16 @@ def test_images_that_vanish_stop_the_run_and_do_not_count_as_broken(tmp_path):
     result = measured()
     assert result.meta["images"]["broken"] == [] and result.meta["n"] == 200
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_batch_of_broken_images_only_is_passed_over(pictures):
+    for i in range(100):
+        noise(16, 16, i).save(pictures / f"{i}.png")
+    (pictures / "7.png").write_bytes(b"torn")
+    result = attention_distance.measure(
+        "test_vit@random", pictures, image_size=32, batch_size=1, workers=0
+    )
+    assert result.meta["images"]["broken"] == ["7.png"] and result.meta["n"] == 111
 
 
 def test_a_link_to_nowhere_is_a_broken_image(pictures):
@@ -186,7 +199,6 @@ def test_a_tar_is_read_rightly_by_several_processes(tmp_path):
             noise(40, 40, i).save(tmp_path / "x.png")
             tar.add(tmp_path / "x.png", f"{i}.png")
     for workers in (0, 4):
-        to_tensor = lambda image: torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float()  # noqa: E731
         model = wrap(small(), name="net", transform=to_tensor)
         result = cka.measure(
             model, tmp_path / "p.tar", batch_size=4, layers="[02]", workers=workers
@@ -218,7 +230,7 @@ def test_a_disk_that_fills_up_in_mid_run_costs_the_state_not_the_run(
     told = capsys.readouterr().err
     assert told.count("is not saved") == 1 and "No space left on device" in told
     assert np.isfinite(result.cka).all()
-    # The first save, of another batch count, is as it was, and nothing is beside it.
+    # The first save is as it was, and nothing is beside it.
     assert [file.suffix for file in tmp_path.iterdir()] == [".partial"]
 
 
@@ -267,9 +279,14 @@ def test_the_forecast_counts_what_is_alive_at_the_fullest_moment():
         most = memory.fullest(lambda: net(inputs), [*net.parameters(), inputs])
     # The first convolution's output beside its ReLU's.
     assert most == 2 * unit
-    forecast = memory.forecast([net], [inputs], 64, 0, own=1000)
-    assert forecast.activations == 32 * (3 * unit // 2 * 0 + forecast.activations // 32)
+    with torch.inference_mode():
+        forecast = memory.forecast([net], [inputs], batch_size=64, waiting=1, own=1000)
+    # The example is of 2 images; a batch of 64 is in use and another one waits.
+    assert forecast.activations == 32 * (2 * unit + 2 * memory.nbytes([inputs]))
     assert forecast.parameters == memory.nbytes(net.parameters())
+    # With a graph both stay, and the last layer's output beside them.
+    graph = memory.forecast([net], [inputs], batch_size=2, waiting=0, own=0)
+    assert graph.activations == 2 * unit + unit // 2 + memory.nbytes([inputs])
 
 
 def test_a_run_that_will_not_fit_warns_with_the_batch_size_to_try(tensors, monkeypatch, capsys):
@@ -321,7 +338,6 @@ def test_a_decoding_process_that_the_system_ends_is_one_line(pictures, tmp_path)
                 os.kill(child.pid, signal.SIGKILL)
             return self.net(x)
 
-    to_tensor = lambda image: torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float()  # noqa: E731
     model = wrap(Kills(), name="net", transform=to_tensor)
     with pytest.raises(VitprobeError, match=r"ended a process that decodes .* goes on from there"):
         cka.measure(

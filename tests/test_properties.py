@@ -180,8 +180,14 @@ def test_no_command_line_ends_in_a_traceback(changes, tmp_path_factory):
 @given(st.binary(max_size=300), st.sampled_from(["npz", "npy", "tar", "pth", "safetensors", "png"]))
 def test_no_file_ends_in_a_traceback(content, suffix, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    head = {"npz": b"PK\x03\x04", "npy": b"\x93NUMPY\x01\x00", "png": b"\x89PNG\r\n\x1a\n",
-            "pth": b"\x80\x02", "safetensors": b"\x20\0\0\0\0\0\0\0{", "tar": b"a.png\0"}  # fmt: skip
+    head = {
+        "npz": b"PK\x03\x04",
+        "npy": b"\x93NUMPY\x01\x00",
+        "tar": b"a.png\0",
+        "pth": b"\x80\x02",
+        "safetensors": b"\x20\0\0\0\0\0\0\0{",
+        "png": b"\x89PNG\r\n\x1a\n",
+    }
     for start in (b"", head[suffix]):
         path = folder / f"x.{suffix}"
         path.write_bytes(start + content)
