@@ -78,13 +78,14 @@ def test_pictures_of_every_kind_and_name_are_read(tmp_path):
 
 
 def test_decoding_is_bounded(tmp_path):
-    for size in ((20_000, 20_000), (12_000, 12_000), (1, 20_000)):
-        # Only the header says so: nothing is to be decoded to find out.
+    for size in ((20_000, 20_000), (1, 20_000)):
+        # The header says so: nothing is decoded to find out.
         header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
-        (tmp_path / "big.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header))
+        content = chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+        (tmp_path / "big.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with pytest.raises((ValueError, OSError), match=r"pixels|truncated"):
+            with pytest.raises(ValueError, match="pixels are"):
                 pictures.decoded(tmp_path / "big.png")
     # Pictures that a program draws are not drawn, whatever their name.
     (tmp_path / "drawn.png").write_bytes(
@@ -147,7 +148,7 @@ def test_images_that_vanish_stop_the_run_and_do_not_count_as_broken(tmp_path):
     folder.mkdir()
     for i in range(200):
         noise(16, 16, i).save(folder / f"{i}.png")
-    away = tmp_path / "unmounted"
+    away, first = tmp_path / "unmounted", [True]
 
     class Unmounts(nn.Module):
         def __init__(self):
@@ -156,7 +157,8 @@ def test_images_that_vanish_stop_the_run_and_do_not_count_as_broken(tmp_path):
 
         def forward(self, x):
             self.passes += 1
-            if self.passes == 6 and folder.exists():
+            if self.passes == 6 and first:
+                first.clear()
                 folder.rename(away)
             return self.net(x)
 
@@ -284,13 +286,15 @@ def test_the_forecast_counts_what_is_alive_at_the_fullest_moment():
     # The example is of 2 images; a batch of 64 is in use and another one waits.
     assert forecast.activations == 32 * (2 * unit + 2 * memory.nbytes([inputs]))
     assert forecast.parameters == memory.nbytes(net.parameters())
-    # With a graph both stay, and the last layer's output beside them.
-    graph = memory.forecast([net], [inputs], batch_size=2, waiting=0, own=0)
-    assert graph.activations == 2 * unit + unit // 2 + memory.nbytes([inputs])
+    deep, inputs = nn.Sequential(*[nn.Conv2d(8, 8, 1) for _ in range(5)]), torch.ones(2, 8, 32, 32)
+    for gradients, alive in ((False, 2), (True, 5)):
+        with torch.set_grad_enabled(gradients):
+            found = memory.forecast([deep], [inputs], batch_size=2, waiting=0, own=0)
+        assert found.activations == alive * unit + memory.nbytes([inputs])
 
 
 def test_a_run_that_will_not_fit_warns_with_the_batch_size_to_try(tensors, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 2**20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**19)
     cka.measure(small(), tensors, batch_size=20, layers="all")
     told = capsys.readouterr().err
     assert "may not fit: try --batch-size" in told
