@@ -159,7 +159,7 @@ words = st.one_of(
 )  # fmt: skip
 
 
-@settings(quick, max_examples=60)
+@settings(quick, max_examples=30)
 @given(st.lists(st.tuples(st.sampled_from(flags), st.lists(words, max_size=2)), max_size=3))
 def test_no_command_line_ends_in_a_traceback(tmp_path_factory, changes):
     """A small run with up to three options changed: it works or says one line and exits with 2."""
@@ -179,7 +179,7 @@ def test_no_command_line_ends_in_a_traceback(tmp_path_factory, changes):
     assert status == 0 or not left
 
 
-@quick
+@settings(quick, max_examples=12)
 @given(st.binary(max_size=300), st.sampled_from(["npz", "npy", "tar", "pth", "safetensors", "png"]))
 def test_no_file_ends_in_a_traceback(tmp_path_factory, content, suffix):
     folder = tmp_path_factory.mktemp("files")
