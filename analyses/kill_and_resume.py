@@ -2,8 +2,8 @@
 
     python analyses/kill_and_resume.py --times 20
 
-Each run is a process of its own that gets SIGKILL at a moment drawn between its start and the time
-that an undisturbed run takes; the same command then goes on. When a run comes to its end its arrays
+Each run is a process of its own that gets SIGKILL after a drawn number of batches, none included,
+and a drawn time after that; the same command then goes on. When a run comes to its end its arrays
 are compared with those of the undisturbed run, and the next one starts over, until there have been
 as many kills as asked for. Prints a table:
 
@@ -23,7 +23,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,8 @@ def measure(name: str, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         status = import_module(f"vitprobe.{name}").main(arguments)
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def start(processes: Any, name: str, out: Path) -> Any:
@@ -95,13 +95,23 @@ def start(processes: Any, name: str, out: Path) -> Any:
     return process
 
 
+def wait(process: Any, out: Path, batches: int, seconds: float) -> None:
+    """Until about so many more batches are in the state on disk, and so many seconds longer."""
+    seen: set[int] = set()
+    while process.exitcode is None and len(seen) < batches:
+        process.join(0.002)
+        for file in out.glob(".*.partial"):
+            with contextlib.suppress(FileNotFoundError):
+                seen.add(file.stat().st_mtime_ns)
+    process.join(seconds)
+
+
 def row(processes: Any, name: str, times: int, chance: random.Random) -> str:
+    """A line of the table."""
     with tempfile.TemporaryDirectory() as folder:
         whole, out = Path(folder) / "whole", Path(folder) / "killed"
-        began = time.monotonic()
         undisturbed = start(processes, name, whole)
         undisturbed.join()
-        takes = time.monotonic() - began
         if undisturbed.exitcode:
             return f"{name:20} the undisturbed run failed with status {undisturbed.exitcode}"
         expected = arrays(whole, name)
@@ -109,8 +119,11 @@ def row(processes: Any, name: str, times: int, chance: random.Random) -> str:
         largest = 0.0
         # The last run is let go to its end.
         while kills < times or resumed:
-            process, began = start(processes, name, out), time.monotonic()
-            process.join(chance.uniform(0, takes) if kills < times else None)
+            process = start(processes, name, out)
+            if kills < times:
+                wait(process, out, chance.randint(0, 8), chance.uniform(0, 0.1))
+            else:
+                process.join()
             if process.exitcode is None:
                 process.kill()
                 process.join()
@@ -124,8 +137,6 @@ def row(processes: Any, name: str, times: int, chance: random.Random) -> str:
                 finished += 1
                 largest = max(largest, difference(arrays(out, name), expected))
                 left += len([p for p in out.iterdir() if p.suffix not in (".png", ".npz")])
-            else:
-                takes = min(takes, time.monotonic() - began)
             resumed = 0
             shutil.rmtree(out)
         return f"{name:20} {kills:3} ({kept:2}) {finished:9} {largest:12.1e} {left:10}"

@@ -30,3 +30,11 @@ def pictures(tmp_path):
 def tensors():
     """Twenty random images as a float tensor (20, 3, 32, 32)."""
     return torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def foreground():
+    """Ctrl-C as a terminal's foreground job has it; shells make background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

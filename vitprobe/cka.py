@@ -207,7 +207,9 @@ def measure(
             sums["hsic"][batch.index % groups] += hsic(grams)
             sums["used"][batch.index % groups] += 1
 
-        ready.run(step, sums, decides={"analysis": "cka", "layers": labels})
+        # Grams of a batch and what U-centring makes of them, in float64.
+        scratch = 5 * 8 * size * min(ready.options.batch_size, len(ready.images)) ** 2
+        ready.run(step, sums, decides={"analysis": "cka", "layers": labels}, scratch=scratch)
         if not sums["used"].sum():
             raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
         value, error = jackknife(normalise, sums["hsic"], sums["used"])

@@ -173,8 +173,14 @@ def measure(
                 ready.models[0].module(batch.inputs[0])
             with capture(ready.models[1].module, lowest, take), ready.autocast():
                 ready.models[1].module(batch.inputs[1])
-            if not torch.isfinite(grams).all():
-                raise VitprobeError("Activations are not finite: CKA is undefined.")
+            bad = (~torch.isfinite(grams).all(-1).all(-1)).nonzero()
+            if len(bad):
+                at = int(bad[0])
+                label = attention.layers[0].label if at < heads else lowest[at - heads].label
+                owner = ready.models[0 if at < heads else 1].name
+                raise VitprobeError(
+                    f"The layer {label} of {owner} is not finite; it is the first such layer."
+                )
             sums["hsic"][group] += hsic(grams)
             sums["used"][group] += 1
             sums["seen"][group] += len(batch)

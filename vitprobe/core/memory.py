@@ -71,6 +71,8 @@ def forecast(
     known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     most = 0
     for module, inputs in zip(modules, example):
+        # A graph that is built is in memory until it is gone through.
+        inputs = inputs.detach().requires_grad_(torch.is_grad_enabled())
         try:
             most = max(most, fullest(partial(module, inputs), [*known, inputs]))
         except Exception:

@@ -275,11 +275,14 @@ class Session:
         return min(8, max(1, usable // 2 // processes.on_this_machine()))
 
     def _to_models(self, columns: list[Tensor]) -> list[Tensor]:
-        inputs = []
-        for model, column in zip(self.models, (columns[g] for g in self._dataset.group_of_model)):
+        inputs: list[Tensor] = []
+        if not columns:
+            # Not one image of the batch could be read.
+            return inputs
+        for model, group in zip(self.models, self._dataset.group_of_model):
             parameter = next(model.module.parameters(), None)
             dtype = parameter.dtype if parameter is not None else torch.float32
-            inputs.append(column.to(self.device, dtype, non_blocking=True) if columns else column)
+            inputs.append(columns[group].to(self.device, dtype, non_blocking=True))
         return inputs
 
     def _progress(self, total: int, rank: int) -> Any:
