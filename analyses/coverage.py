@@ -298,7 +298,7 @@ def main() -> None:
     done = {one["module"] for one in rows}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__"])
+    context.set_forkserver_preload([f"vitprobe.{name}" for name in MEASUREMENTS])
     for module in args.modules:
         if module in done:
             continue

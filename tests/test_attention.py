@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
+from timm.models import nest
 from torch import nn
 from torch.nn import functional as F
 
@@ -343,25 +344,29 @@ class TestLayout:
         assert {tuple(map(tuple, group)) for group in found} == expected
         np.testing.assert_array_equal(layer.queries, layer.keys)
 
-    @pytest.mark.parametrize("name", ["nest_tiny", "hiera_tiny_224"])
-    def test_blocks_that_are_unrolled_by_brute_force(self, name):
-        options = {"img_size": 64} if "hiera" in name else {"img_size": 128, "depths": (1, 1, 1)}
-        layer = mapped(create(name, **options), options["img_size"]).layers[0]
-        # Stage 0 attends in squares of 8 x 8 (hiera) or a quarter of the map (nest) a side.
-        block = 8
-        blocks = options["img_size"] // 4 // block
+    @pytest.mark.parametrize("family", ["nest", "hiera"])
+    def test_blocks_that_are_unrolled_by_brute_force(self, family):
+        # Stage 0 attends in squares of 8 x 8 tokens; NesT then has 4 x 4 of them, Hiera any number.
+        block, stride = 8, 4
+        if family == "hiera":
+            side, module = 64, create("hiera_tiny_224", img_size=64)
+        else:
+            side = 128
+            module = nest.Nest(side, depths=(1, 1, 1), embed_dims=(8, 8, 8), num_heads=(1, 1, 1))
+        layer = mapped(module.eval(), side).layers[0]
+        count = side // stride // block
         expected = {
             frozenset(
-                (4 * (column * block + j), 4 * (row * block + i))
+                (stride * (column * block + j), stride * (row * block + i))
                 for i in range(block)
                 for j in range(block)
             )
-            for row in range(blocks)
-            for column in range(blocks)
+            for row in range(count)
+            for column in range(count)
         }
-        first = layer.queries.reshape(-1, 2).min(0)
-        found = np.round(layer.queries - first, 3)
+        found = np.round(layer.queries - layer.queries.reshape(-1, 2).min(0), 3)
         assert {frozenset(map(tuple, group)) for group in found} == expected
+        np.testing.assert_array_equal(layer.queries, layer.keys)
 
     def test_blocks_and_their_halo_by_brute_force(self):
         layer = mapped(create("halonet26t"), 256).layers[0]

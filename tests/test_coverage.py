@@ -215,8 +215,8 @@ def test_a_run_goes_on_and_writes_what_was_found(table, tmp_path, monkeypatch):
     row = dict.fromkeys(table.COLUMNS, "") | dict.fromkeys(table.MEASUREMENTS, "yes")
     rows = [
         row | {"module": "one", "model": "a", "attention_rollout": "no: Error: it broke"},
-        row | {"module": "two", "model": "b", "cka": f"{table.ABSENT}: b (random) has no attention."},
-    ]  # fmt: skip
+        row | {"module": "two", "model": "b", "cka": f"{table.ABSENT}: b (random) has no map."},
+    ]
     with (tmp_path / "coverage.partial.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, table.COLUMNS)
         writer.writeheader()
@@ -229,7 +229,7 @@ def test_a_run_goes_on_and_writes_what_was_found(table, tmp_path, monkeypatch):
     text = (tmp_path / "coverage.md").read_text()
     assert "| yes | 1 | 2 | 2 | 1 |" in text
     assert "- attention_rollout: Error: it broke (1: one)" in text
-    assert "- cka: MODEL has no attention. (1: two)" in text
+    assert "- cka: MODEL has no map. (1: two)" in text
 
 
 def test_a_model_that_breaks_is_a_no_with_its_reason(table):
