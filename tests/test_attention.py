@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
+from timm.models import nest
 from torch import nn
 from torch.nn import functional as F
 
@@ -298,28 +297,94 @@ class TestLayout:
             assert {tuple(map(tuple, group)) for group in layer.queries} == places
             np.testing.assert_array_equal(layer.queries, layer.keys)
 
-    def test_maxvit_blocks_are_local_and_grids_are_spread(self):
-        module = create("test_maxvit", img_size=64)
-        found = mapped(module, 64)
-        near, far = found.layers[:2]
-        assert near.rows.shape == far.rows.shape
-        assert math.isclose(np.ptp(near.queries[0, :, 0]), 4)
-        assert math.isclose(np.ptp(far.queries[0, :, 0]), 32)
+    def test_maxvit_blocks_and_grids_by_brute_force(self):
+        module = create("test_maxvit", img_size=128)
+        near, far = mapped(module, 128).layers[:2]
+        window, side, stride = 4, 32, 4  # timm: a window for every 32 px, the map of stage 0
+        count = side // window
+        first = near.queries.reshape(-1, 2).min(0)
+        for layer, spread in ((near, False), (far, True)):
+            expected = set()
+            for row in range(count):
+                for column in range(count):
+                    # A block holds neighbours; a grid holds every count-th row and column.
+                    members = [
+                        (
+                            (j * count + column if spread else column * window + j) * stride,
+                            (i * count + row if spread else row * window + i) * stride,
+                        )
+                        for i in range(window)
+                        for j in range(window)
+                    ]
+                    expected.add(tuple(members))
+            steps = np.round(layer.queries - first, 3)
+            assert layer.rows.shape == (count**2, 1)
+            assert {tuple(map(tuple, group)) for group in steps} == expected
+            np.testing.assert_array_equal(layer.queries, layer.keys)
 
     def test_strided_keys_stand_between_the_queries(self):
         module = create("pvt_v2_b0", depths=(1, 1, 1, 1))
-        layer = mapped(module, 64).layers[0]
-        assert (layer.queries.shape[1], layer.keys.shape[1]) == (256, 4)
-        # Eight by eight queries, 4 px apart, make a key.
-        np.testing.assert_allclose(layer.keys[0], grid(2, 2, 32, 14.5))
+        found = mapped(module, 128)
+        # A stem of stride 4 and padding 3 is centred on pixel 4i; those after it have stride 2 and
+        # padding 1. Keys are made of 8, 4, 2 and 1 queries a side.
+        for layer, stride, together in zip(found.layers, (4, 8, 16, 32), (8, 4, 2, 1)):
+            side = 128 // stride
+            np.testing.assert_allclose(layer.queries[0], grid(side, side, stride, 0.5))
+            middle = 0.5 + stride * (together - 1) / 2
+            np.testing.assert_allclose(layer.keys[0], grid(4, 4, 32, middle))
 
-    def test_unfolded_patches(self):
+    def test_unfolded_patches_by_brute_force(self):
         module = create("mobilevit_xxs")
         layer = mapped(module, 64).layers[0]
+        # A map of 8 x 8 places in patches of 2 x 2: the same corner of all patches attends.
+        first = layer.queries.reshape(-1, 2).min(0)
+        expected = {
+            tuple((8 * (2 * x + j), 8 * (2 * y + i)) for y in range(4) for x in range(4))
+            for i in range(2)
+            for j in range(2)
+        }
         assert layer.rows.shape == (4, 4)
-        for group in layer.queries:
-            assert set(np.diff(np.unique(group[:, 0]))) == {16.0}
-        assert len(np.unique(layer.queries.reshape(-1, 2), axis=0)) == 64
+        found = np.round(layer.queries - first, 3)
+        assert {tuple(map(tuple, group)) for group in found} == expected
+        np.testing.assert_array_equal(layer.queries, layer.keys)
+
+    @pytest.mark.parametrize("family", ["nest", "hiera"])
+    def test_blocks_that_are_unrolled_by_brute_force(self, family):
+        # Stage 0 attends in squares of 8 x 8 tokens; NesT then has 4 x 4 of them, Hiera any number.
+        block, stride = 8, 4
+        if family == "hiera":
+            side, module = 64, create("hiera_tiny_224", img_size=64)
+        else:
+            side = 128
+            module = nest.Nest(side, depths=(1, 1, 1), embed_dims=(8, 8, 8), num_heads=(1, 1, 1))
+        layer = mapped(module.eval(), side).layers[0]
+        count = side // stride // block
+        expected = {
+            frozenset(
+                (stride * (column * block + j), stride * (row * block + i))
+                for i in range(block)
+                for j in range(block)
+            )
+            for row in range(count)
+            for column in range(count)
+        }
+        found = np.round(layer.queries - layer.queries.reshape(-1, 2).min(0), 3)
+        assert {frozenset(map(tuple, group)) for group in found} == expected
+        np.testing.assert_array_equal(layer.queries, layer.keys)
+
+    def test_blocks_and_their_halo_by_brute_force(self):
+        layer = mapped(create("halonet26t"), 256).layers[0]
+        # The map is 16 x 16 at stride 16: blocks of 8 x 8, with 2 more around them as keys.
+        assert layer.rows.shape == (4, 8)
+        origin = layer.queries.reshape(-1, 2).min(0)
+        for group, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            y, x = np.mgrid[:8, :8]
+            at = np.stack([x.ravel() + 8 * column, y.ravel() + 8 * row], -1)
+            np.testing.assert_allclose((layer.queries[group] - origin) / 16, at)
+            y, x = np.mgrid[-2:10, -2:10]
+            at = np.stack([x.ravel() + 8 * column, y.ravel() + 8 * row], -1).astype(float)
+            at[((at < 0) | (at > 15)).any(1)] = np.nan
+            np.testing.assert_allclose((layer.keys[group] - origin) / 16, at)
 
     def test_hybrid_stem_with_asymmetric_padding(self):
         vit = create("vit_base_r50_s16_224", img_size=64, depth=1, embed_dim=24, num_heads=2)
@@ -344,13 +409,33 @@ class TestLayout:
         (alone,) = collected(module, found, images[1:2])
         torch.testing.assert_close(block[1:2], alone)
 
-    @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "cait_xxs24_224", "mobilevitv2_050"])
+    @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "mobilevitv2_050"])
     def test_attention_over_something_else_is_left_out_with_a_reason(self, name):
-        options = {"depth": 2} if name.startswith(("xcit", "cait")) else {}
-        found = mapped(create(name, **options), 224 if "cait" in name else 64, name=name)
+        options = {"depth": 2} if name.startswith("xcit") else {}
+        found = mapped(create(name, **options), 64, name=name)
         assert not found.layers and found.left_out
         with pytest.raises(VitprobeError, match=f"{name} has no attention between places"):
             found.require("distance")
+
+    def test_attention_that_is_no_probability_is_not_called_none(self):
+        found = mapped(create("cait_xxs24_224", img_size=64, depth=1), name="cait")
+        assert not found.layers
+        with pytest.raises(
+            VitprobeError, match=r"cait attends with weights that are no prob.* mix"
+        ):
+            found.require("distance")
+
+    def test_an_empty_container_leaves_the_pass_as_it_is(self):
+        class Bypass(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attending = Attending(WAYS["fused"])
+                self.shortcut = nn.Sequential()
+
+            def forward(self, x):
+                return self.attending(self.shortcut(x))
+
+        assert len(mapped(Bypass(), 8, 12).layers) == 1
 
     def test_a_cnn_has_none(self):
         found = mapped(create("test_resnet"), name="test_resnet")

@@ -7,12 +7,13 @@ import pytest
 import timm
 import torch
 from timm.layers import build_sincos2d_pos_embed
+from timm.models import nest
 from torch import nn
 
 from vitprobe import position_embedding
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.models import wrap
-from vitprobe.core.positions import by_offset, resample
+from vitprobe.core.positions import by_offset, find_table, resample
 from vitprobe.core.results import FAILS, HOLDS, load_result
 from vitprobe.position_embedding import axis_gain, decay, measure, similarity
 
@@ -130,6 +131,48 @@ def test_a_table_of_maps_and_of_another_library():
     pit = timm.create_model("pit_ti_224", img_size=64)
     rows, columns = pit.pos_embed.shape[-2:]
     assert measure(wrap(pit, "pit")).similarity.shape[:2] == (rows, columns)
+
+
+@pytest.mark.parametrize("name", ["pos_embed_0", "patch_pos", "pos_embed1", "position_embeddings"])
+def test_names_of_tables(name):
+    module = nn.Module()
+    setattr(module, name, nn.Parameter(torch.randn(1, 26, 8)))
+    assert measure(wrap(module, "named")).similarity.shape == (5, 5, 5, 5)
+
+
+def test_a_table_larger_than_the_models_own_grid():
+    module = nn.Module()
+    module.patch_embed = nn.Module()
+    module.patch_embed.grid_size = (4, 4)
+    module.pos_embed = nn.Parameter(torch.randn(1, 36, 8))
+    assert measure(wrap(module, "larger")).similarity.shape == (6, 6, 6, 6)
+
+
+def test_a_table_that_is_one_block_after_another():
+    module = nest.Nest(img_size=64, embed_dims=(8, 8, 8), num_heads=(1, 1, 1), depths=(1, 1, 1))
+    table = module.levels[0].pos_embed.detach()  # (1, 16 blocks, 4 x 4 tokens, features)
+    table.copy_(torch.randn_like(table))
+    found = find_table(wrap(module, "nest"))
+    assert found.shape[:2] == (16, 16)
+    for row, column in [(0, 0), (0, 5), (5, 0), (15, 14)]:
+        block, token = 4 * (row // 4) + column // 4, 4 * (row % 4) + column % 4
+        torch.testing.assert_close(found[row, column], table[0, block, token])
+
+
+def test_levit_biases_go_by_the_size_of_the_offset():
+    module = timm.create_model("levit_128s", img_size=64)
+    biases = {n: p for n, p in module.named_parameters() if n.endswith("attention_biases")}
+    for parameter in biases.values():
+        parameter.data.normal_()
+    result = measure(wrap(module, "levit"))
+    # Downsampling attends from fewer queries than keys, and has no such square of biases.
+    assert len(result.layers) == len([n for n in biases if "downsample" not in n]) == 9
+    table = biases[f"{result.layers[0]}.attention_biases"].detach().reshape(4, 4, 4)
+    for dy, dx in [(0, 0), (1, -2), (-3, 3)]:
+        np.testing.assert_allclose(
+            result.bias[0, :4, result.bias.shape[2] // 2 + dy, result.bias.shape[3] // 2 + dx],
+            table[:, abs(dy), abs(dx)], rtol=1e-6,
+        )  # fmt: skip
 
 
 def test_saved_and_loaded_draws_the_same(tmp_path):

@@ -67,6 +67,50 @@ class TwoBranches(nn.Module):
         return self.a(x) + self.b(x)
 
 
+class Scales(nn.Module):
+    """Sums one part of a tensor and what is made of another, as Res2Net and its like do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 12)
+        self.f = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+
+    def forward(self, x):
+        one, other = self.first(x).chunk(2, -1)
+        return self.f(one) + other
+
+
+class Fusion(nn.Module):
+    """Sums projections of a block's input and of its output, as NASNet's cells do."""
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.near, self.far = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, earlier):
+            return self.near(x) + self.far(earlier)
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+        self.cell = self.Cell()
+
+    def forward(self, x):
+        return self.cell(self.f(x), x)
+
+
+class ScaledPooling(nn.Module):
+    """A scaled skip beside a branch without weights, as MetaFormer's pooling has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.scale = nn.LayerNorm(6), nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return x * self.scale + F.avg_pool1d(self.norm(x).mT, 3, 1, 1).mT
+
+
 class Slices(nn.Module):
     """Writes the branch into a part of the input through a view of it."""
 
@@ -107,6 +151,9 @@ def gate(skip, branch):
         (WithTable(), [("identity", 0)]),
         (nn.Sequential(LeafGate()), []),
         (TwoBranches(), []),
+        (Scales(), []),
+        (Fusion(), []),
+        (ScaledPooling(), [("view", 0)]),
         (Slices(), [("identity", 0), ("identity", 0)]),
     ],
 )
@@ -138,6 +185,7 @@ def has_skip(model):
         # The first class token is a parameter, not yet a representation of the image.
         ("cait_xxs24_224", 32, {"identity": 2 * 26 - 1}),
         ("poolformer_s12", 64, {"identity": 24}),
+        ("poolformerv2_s12", 64, {"identity": 16, "view": 8}),  # scaled skips in two stages
     ],
 )
 def test_additions_of_published_architectures(name, size, kinds):

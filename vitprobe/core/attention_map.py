@@ -3,7 +3,7 @@
 One watched pass tells: places travel with the vectors (``core.tokens``), and each attention
 operation (``core.attention_operations``) finds them on its operands. The pass runs on two images,
 whose places differ, so that it also tells which rows of a tensor belong to which image. Nothing
-per-family is needed for that; what is stands in ``SPECIFIC``.
+per-family is needed for that; what is stands in ``core.special_cases``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitprobe.core.attention_operations import AttentionMode, Operation
 from vitprobe.core.errors import NotApplicable
+from vitprobe.core.special_cases import NO_PROBABILITIES
 from vitprobe.core.tokens import (
     IMAGE_STEP,
     TOLERANCE_PX,
@@ -29,12 +30,6 @@ from vitprobe.core.tokens import (
     put_pixels,
     spread,
 )
-
-# Attention modules by class name, and why their maps are not the attention that the papers mean.
-SPECIFIC = {
-    "DiffAttention": "its attention is the difference of two maps, with negative weights",
-    "OutlookAttention": "its weights are foretold from the middle, not found by comparing places",
-}
 
 
 @dataclass(frozen=True)
@@ -103,13 +98,19 @@ class AttentionMap:
 
     def require(self, what: str) -> None:
         """``VitprobeError`` if there is no layer that could have ``what``."""
-        if not self.layers:
-            why = "".join(f" ({at}: {reason})" for at, reason in list(self.left_out.items())[:1])
+        if self.layers:
+            return
+        why = "".join(f" ({at}: {reason})" for at, reason in list(self.left_out.items())[:1])
+        if set(self.left_out.values()) & set(NO_PROBABILITIES.values()):
             raise NotApplicable(
-                f"{self.model} has no attention between places of the picture, and so no "
+                f"{self.model} attends with weights that are no probabilities, which have no "
                 f"{what}{why}.",
                 self.model,
             )
+        raise NotApplicable(
+            f"{self.model} has no attention between places of the picture, and so no {what}{why}.",
+            self.model,
+        )
 
 
 def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap:
@@ -133,8 +134,8 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
     nth: Counter[str] = Counter()
     layers = []
     left_out = {
-        label: "what its softmax gives is not what multiplies the values"
-        for label in mapper.unused.values()
+        label: reason or "what its softmax gives is not what multiplies the values"
+        for label, reason in mapper.unused.values()
         if not times[label]
     }
     for ordinal, (label, layout) in enumerate(mapper.found):
@@ -156,14 +157,17 @@ class _Mapper(AttentionMode):
         self.names = {child: child_name for child_name, child in module.named_modules()}
         self.stack: list[nn.Module] = []
         self.found: list[tuple[str, tuple | str]] = []
-        self.unused: dict[int, str] = {}
+        self.unused: dict[int, tuple[str, str | None]] = {}  # softmax -> label, special case
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
+        def left(*_: Any) -> None:
+            self.stack.pop()  # not returned: what a hook returns takes the output's place
+
         with ExitStack() as stack:
             for child in self.names:
                 enter = child.register_forward_pre_hook(lambda m, _: self.stack.append(m))
-                leave = child.register_forward_hook(lambda *_: self.stack.pop() and None)
+                leave = child.register_forward_hook(left)
                 stack.callback(enter.remove)
                 stack.callback(leave.remove)
             stack.enter_context(self)
@@ -177,7 +181,10 @@ class _Mapper(AttentionMode):
         return result
 
     def note_softmax(self) -> None:
-        self.unused[self.softmaxes - 1] = self._label()
+        self.unused[self.softmaxes - 1] = self._label(), self._special_case()
+
+    def _special_case(self) -> str | None:
+        return NO_PROBABILITIES.get(type(self.stack[-1]).__name__)
 
     def _label(self) -> str:
         return self.names[self.stack[-1]] or "output"
@@ -185,9 +192,9 @@ class _Mapper(AttentionMode):
     def attend(self, ordinal: int, operation: Operation) -> None:
         if operation.softmax is not None:
             self.unused.pop(operation.softmax, None)
-        kind, label = type(self.stack[-1]).__name__, self._label()
+        label = self._label()
         # Where a family is known to have another kind of attention, its places do not matter.
-        layout = SPECIFIC.get(kind) or self._layout(label, operation)
+        layout = self._special_case() or self._layout(label, operation)
         self.found.append((label, layout))
 
     def _layout(self, label: str, operation: Operation) -> tuple | str:
@@ -231,7 +238,8 @@ class _Mapper(AttentionMode):
 def _layout(queries: Tensor, keys: Tensor, leading: tuple[int, ...]) -> tuple | None:
     """(axis, fold, images_first, rows, queries, keys) from places of two images."""
     owner = torch.cat([queries, keys], -1).real
-    owner = (owner / IMAGE_STEP).floor().nanmedian(-1).values
+    # Even kernels with padding on one side move places beyond the border: round, not floor.
+    owner = (owner / IMAGE_STEP).round().nanmedian(-1).values
     count = 2
     for axis, size in enumerate(leading):
         if size % count:

@@ -138,7 +138,8 @@ def find_places(layer: Layer, module: nn.Module, side: tuple[int, int]) -> Place
         return _map(shape, module, side)
     known = getattr(module, "num_prefix_tokens", None)
     has_class = known is None or getattr(module, "cls_token", None) is not None
-    for prefix in range(MAX_PREFIX + 1) if known is None else (known,):
+    # Tokens without any come second: CaiT's and XCiT's class tokens join after the patches' blocks.
+    for prefix in range(MAX_PREFIX + 1) if known is None else dict.fromkeys((known, 0)):
         grid = _grid(shape[0] - prefix, side)
         if grid:
             return Places(*grid, TOKENS, prefix, prefix > 0 and has_class)

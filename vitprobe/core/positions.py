@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from vitprobe.core.models import Model
 
 _TABLE = re.compile(
-    r"(^|[._])(abs\w*_)?pos(ition)?(al)?_?(emb|embed|embedding|embeddings)(\.weight)?$"
+    r"(^|[._])((abs\w*_)?pos(ition)?(al)?_?(emb|embed|embedding|embeddings)|patch_pos)"
+    r"(_?\d+)?(\.weight)?$"
 )
 # Whatever else a table holds beside a square of patches: class, distillation and register tokens.
 MOST_PREFIX_TOKENS = 16
@@ -60,6 +62,9 @@ def find_table(model: Model) -> Tensor | None:
             continue
         while tensor.ndim > 2 and len(tensor) == 1:
             tensor = tensor[0]
+        owner = model.module.get_submodule(name.removesuffix(".weight").rpartition(".")[0])
+        if tensor.ndim == 3 and hasattr(owner, "block_size"):
+            return _by_blocks(tensor)
         if tensor.ndim == 3:
             # Features come last, or first in tables that are added to maps.
             first = tensor.shape[1] == tensor.shape[2] != tensor.shape[0]
@@ -70,11 +75,20 @@ def find_table(model: Model) -> Tensor | None:
     return None
 
 
+def _by_blocks(table: Tensor) -> Tensor:
+    """NesT's table (blocks, tokens of a block, features) as (rows, columns, features)."""
+    blocks, tokens = (isqrt(size) for size in table.shape[:2])
+    return (
+        table.unflatten(1, (tokens, tokens)).unflatten(0, (blocks, blocks)).transpose(1, 2)
+    ).reshape(blocks * tokens, blocks * tokens, -1)  # fmt: skip
+
+
 def _grid(model: Model, tokens: int) -> tuple[int, int] | None:
     """Rows and columns of a table of so many tokens: the model's word, or else a square."""
     said = getattr(getattr(model.module, "patch_embed", None), "grid_size", None)
-    side = int(tokens**0.5)
-    for rows, columns in [tuple(said)] if said else [(side, side)]:
+    side = isqrt(tokens)
+    # A table may be larger than the grid, and is then resampled (Qwen3).
+    for rows, columns in [tuple(said), (side, side)] if said else [(side, side)]:
         if 0 <= tokens - rows * columns <= MOST_PREFIX_TOKENS:
             return rows, columns
     return None
@@ -85,8 +99,12 @@ def find_biases(model: Model) -> list[tuple[str, np.ndarray]]:
     found = []
     for name, module in model.module.named_modules():
         bias = _bias(module)
+        if bias is None or bias.shape[-1] != bias.shape[-2]:
+            continue
         window = getattr(module, "window_size", None)
-        if bias is None or window is None:
+        if window is None and hasattr(module, "attention_bias_idxs"):
+            window = isqrt(bias.shape[-1])
+        if window is None:
             continue
         rows, columns = (window, window) if isinstance(window, int) else tuple(window)
         bias = bias.reshape(-1, *bias.shape[-2:])
@@ -102,6 +120,8 @@ def _bias(module: nn.Module) -> Tensor | None:
         return None
     if hasattr(module, "cpb_mlp"):
         return _swin_v2_bias(module)
+    if hasattr(module, "attention_bias_idxs"):  # LeViT and its kin
+        return module.attention_biases[:, module.attention_bias_idxs.long()]
     for method in BIASES:
         if callable(getattr(module, method, None)):
             return getattr(module, method)()

@@ -202,8 +202,14 @@ def _pool(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Ten
 
 
 def _slide(asked: Mapping[str, Any], kernel: Sequence[int], out: Tensor) -> Tensor:
-    """The middle of a kernel that slides over a map; beyond its edge places go on evenly."""
+    """The middle of a kernel that slides over a map; beyond its edge places go on evenly.
+
+    What a kernel puts out with its middle on padding stands nowhere.
+    """
     place = middle(place_of(asked["input"]), 1)
+    there = ~place.isnan()
+    if not there.any():
+        raise ValueError("a map that stands nowhere")
     count = len(kernel)
     stride, dilation = (_many(asked.get(key) or 1, count) for key in ("stride", "dilation"))
     for i, size in enumerate(kernel):
@@ -212,30 +218,36 @@ def _slide(asked: Mapping[str, Any], kernel: Sequence[int], out: Tensor) -> Tens
         padding = asked.get("padding") or 0
         before = (span - 1) // 2 if padding == "same" else 0 if padding == "valid" else None
         before = _many(padding, count)[i] if before is None else before
-        place = _even(place, axis, before, (steps - 1) * stride[i] + span)
-        place = place.unfold(axis, span, stride[i]).mean(-1)
+        length = (steps - 1) * stride[i] + span
+        place, there = _even(place.movedim(axis, -1), there.movedim(axis, -1), before, length)
+        place = place.unfold(-1, span, stride[i]).mean(-1)
+        taps = there.unfold(-1, span, stride[i])[..., (span - 1) // 2 : span // 2 + 1]
+        place, there = place.movedim(-1, axis), taps.any(-1).movedim(-1, axis)
+    place = torch.where(there, place, _NOWHERE)
     return place.unsqueeze(1).expand(out.shape)
 
 
-def _even(place: Tensor, axis: int, before: int, length: int) -> Tensor:
-    """Places along an axis, ``before`` more of them in front and ``length`` in all.
+def _even(place: Tensor, there: Tensor, before: int, length: int) -> tuple[Tensor, Tensor]:
+    """Lines of places, ``before`` more of them in front and ``length`` in all, and which are real.
 
-    Padding at the border, which stands nowhere, gets the places that it takes up.
+    Those in front, those behind, and padding (which stands nowhere) get the places that they take
+    up if each line goes on as evenly as it is, or as others are where it has one place only.
     """
-    others = [other for other in range(place.ndim) if other != axis]
-    there = (~place.isnan()).movedim(axis, 0).flatten(1).any(1) if others else ~place.isnan()
-    inside = there.nonzero()[:, 0]
-    if not len(inside):
-        raise ValueError("a map that stands nowhere")
-    low, high = int(inside[0]), int(inside[-1]) + 1
-    core = place.narrow(axis, low, high - low)
-    size = core.shape[axis]
-    index = torch.arange(length) - before - low
+    size = place.shape[-1]
+    index = torch.arange(size)
+    low = torch.where(there, index, size - 1).amin(-1, True)
+    high = torch.where(there, index, 0).amax(-1, True)
+    some = there.any(-1, True)
+    first, last = place.gather(-1, low), place.gather(-1, high)
+    step = (last - first) / (high - low).clamp(min=1)
+    long = some & (high > low)
+    if long.any():
+        step = torch.where(long, step, step[long].mean())
+    index = torch.arange(length) - before
     inner = index.clamp(0, size - 1)
-    first, last = core.narrow(axis, 0, 1), core.narrow(axis, size - 1, 1)
-    step = (last - first) / max(1, size - 1)
-    beyond = (index - inner).reshape([-1 if a == axis else 1 for a in range(place.ndim)])
-    return core.index_select(axis, inner) + step * beyond
+    real = there.index_select(-1, inner) & (index == inner)
+    even = torch.where(index > high, last + step * (index - high), first + step * (index - low))
+    return torch.where(real, place.index_select(-1, inner), even), real
 
 
 def _resample(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:

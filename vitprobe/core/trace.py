@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .additions import ADDS, Addition, AdditionHooks, Node, classify, operands, unobserved
+from .special_cases import SUMS_OF_OPERATIONS
 
 __all__ = ["Addition", "AdditionHooks", "Call", "TensorInfo", "Trace", "record", "unobserved"]
 
@@ -30,6 +31,9 @@ _FUSED_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forwa
 _BLANK = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"} | {
     f"{name}_like" for name in ("empty", "zeros", "ones", "full", "rand", "randn")
 }
+# Besides weighted operations, these work on what they are given; all others pass it on.
+_WORK = ("_norm", "_pool", "normalize", "matmul", "bmm", "scaled_dot_product_attention")
+_CUTS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk"}
 _LIKE_ANOTHER = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 
 
@@ -150,13 +154,21 @@ class _Recorder(TorchFunctionMode):
         self.seen[id(tensor)] = (tensor, change, version)
         return change
 
-    def new_node(self, parents: list[Node], weighted: bool = False, attends: bool = False):
+    def new_node(
+        self,
+        parents: list[Node],
+        weighted: bool = False,
+        work: bool = False,
+        part: bool = False,
+        attends: bool = False,
+    ) -> Node:
         ancestors = 0
         for parent in parents:
             ancestors |= parent.lineage
         weights = max((parent.weights for parent in parents), default=0) + weighted
+        works = max((parent.work for parent in parents), default=0) + (weighted or work)
         name = self.stack[-1].name if self.stack else ""  # the input comes before any call
-        node = Node(len(self.nodes), ancestors, weights, name, attends)
+        node = Node(len(self.nodes), ancestors, weights, works, part, name, attends)
         self.nodes.append(node)
         return node
 
@@ -194,14 +206,16 @@ class _Recorder(TorchFunctionMode):
             node is None and sum(size > 1 for size in tensor.shape) >= 2
             for tensor, node in zip(given, nodes, strict=True)
         )
+        work = any(word in name for word in _WORK)
+        what = weighted, work, name in _CUTS, attends
         if version is not None and _version(target) != version:
-            node = self.new_node(parents, weighted, attends)
+            node = self.new_node(parents, *what)
             self.seen[id(target)] = (target, node, _version(target))
             self.writes[_storage(target)] = (_version(target), node)
         known = {id(tensor) for tensor in given}
         for _, tensor in tensors(result):
             if id(tensor) not in known:
-                node = self.new_node(parents, weighted, attends)
+                node = self.new_node(parents, *what)
                 self.seen[id(tensor)] = (tensor, node, _version(tensor))
         return result
 
@@ -217,6 +231,8 @@ class _Recorder(TorchFunctionMode):
         if found is None:
             return
         kind, skip, fork = found
+        if kind != "identity" and type(frame.module).__module__ in SUMS_OF_OPERATIONS:
+            return
         branch = (other, one)[skip]
         since = [
             node
