@@ -13,7 +13,7 @@ from vitprobe import patch_embedding
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.models import wrap
 from vitprobe.core.results import FAILS, HOLDS, load_result
-from vitprobe.patch_embedding import measure, principal_components, smoothness
+from vitprobe.patch_embedding import measure, principal_components, smoothness, stem_filters
 
 
 def test_components_are_scikit_learns():
@@ -110,3 +110,16 @@ def test_a_stem_of_several_convolutions_shows_the_first():
 
     name, filters = stem_filters(load_model("resnet_box"))
     assert name == "conv1.0" and filters.shape[1:] == (3, 3, 3)
+
+
+def test_depthwise_filters_are_not_taken_for_a_stem():
+    class Folded(nn.Module):
+        """Its stem looks at pixels that were folded into channels."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(12, 8, 3)
+            self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+
+    with pytest.raises(VitprobeError, match="no layer of filters that look at pixels"):
+        stem_filters(wrap(Folded(), "folded"))

@@ -102,12 +102,23 @@ def test_swin_table_comes_back():
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [("beit_base_patch16_224", 1), ("swinv2_tiny_window8_256", 1), ("test_coatnet", 3)],
+    [
+        ("beit_base_patch16_224", 1),
+        ("swinv2_tiny_window8_256", 1),
+        ("swinv2_cr_tiny_224", 2),
+        ("test_coatnet", 3),
+    ],
 )
 def test_families_with_a_bias(name, layers):
     options = {
         "beit_base_patch16_224": {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 64},
         "swinv2_tiny_window8_256": {"depths": (1,), "num_heads": (1,), "embed_dim": 12},
+        "swinv2_cr_tiny_224": {
+            "depths": (1, 1),
+            "num_heads": (1, 1),
+            "embed_dim": 12,
+            "img_size": 64,
+        },
     }.get(name, {"img_size": 64})
     result = measure(wrap(timm.create_model(name, **options), name))
     assert len(result.layers) == layers

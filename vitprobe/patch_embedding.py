@@ -200,7 +200,8 @@ def stem_filters(model: Model) -> tuple[str, Tensor]:
         weight = getattr(module, "weight", None)
         if weight is None:
             continue  # a stem of several layers: its convolutions come after it
-        if isinstance(module, nn.Conv2d) and weight.shape[1] in (1, 3):
+        # A filter of one channel looks at grey pixels, unless it is one of a depthwise layer.
+        if isinstance(module, nn.Conv2d) and weight.shape[1] in (1, 3) and module.groups == 1:
             return name, weight.permute(0, 2, 3, 1)
         # A linear embedding of flattened patches: (filters, height · width · 3).
         side = round((weight[0].numel() / 3) ** 0.5)

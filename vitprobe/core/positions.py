@@ -21,6 +21,7 @@ MOST_PREFIX_TOKENS = 16
 # How a module says its bias, heads first; the names of the families that have one.
 BIASES = {
     "_get_rel_pos_bias": "Swin, BEiT",
+    "_relative_positional_encodings": "Swin v2 CR",
     "get_bias": "MaxViT, CoAtNet, ViT with relative positions",
 }
 
