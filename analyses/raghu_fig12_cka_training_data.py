@@ -10,10 +10,19 @@ No such series of the paper is public. With your own, from little to much data:
 from gallery import Figure
 
 from vitprobe import cka
+from vitprobe.core.models import bundled_models
 
-PAIRS = ["vit_small_box_10pct", "vit_small_box", "resnet_box_10pct", "resnet_box"]
+LITTLE = [n for n in ("vit_small_box", "resnet_box") if f"{n}_10pct" in bundled_models()]
+PAIRS = [model for name in LITTLE or ["resnet_box"] for model in (f"{name}_10pct", name)]
 FIGURE = Figure(
-    __doc__, __file__, cka, needs=PAIRS, pairwise=PAIRS, num_images=1024, batch_size=128
+    __doc__,
+    __file__,
+    cka,
+    note="" if len(LITTLE) == 2 else "one family of networks, on a tenth of the pictures",
+    needs=PAIRS,
+    pairwise=PAIRS,
+    num_images=1024,
+    batch_size=128,
 )
 
 if __name__ == "__main__":

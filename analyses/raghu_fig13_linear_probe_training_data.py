@@ -9,9 +9,18 @@ No such series of the paper is public. With your own:
 from gallery import Figure
 
 from vitprobe import linear_probe
+from vitprobe.core.models import bundled_models
 
-MODELS = ["vit_small_box_10pct", "vit_small_box", "resnet_box_10pct", "resnet_box"]
-FIGURE = Figure(__doc__, __file__, linear_probe, needs=MODELS, models=MODELS)
+LITTLE = [n for n in ("vit_small_box", "resnet_box") if f"{n}_10pct" in bundled_models()]
+MODELS = [model for name in LITTLE or ["resnet_box"] for model in (f"{name}_10pct", name)]
+FIGURE = Figure(
+    __doc__,
+    __file__,
+    linear_probe,
+    note="" if len(LITTLE) == 2 else "one family of networks, on a tenth of the pictures",
+    needs=MODELS,
+    models=MODELS,
+)
 
 if __name__ == "__main__":
     raise SystemExit(FIGURE.main())
