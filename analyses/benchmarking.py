@@ -72,11 +72,9 @@ def instead_of_the_loop(
     ``step`` is the very function that the loop would call on every batch.
     """
 
-    def run(
-        session: Session, step: Any, sums: Any, *, decides: Any, gradients: bool = False
-    ) -> None:
+    def run(session: Session, step: Any, sums: Any, *, decides: Any, **options: Any) -> None:
         batch = next(session._load([0]))[0]
-        with torch.inference_mode(not gradients):
+        with torch.inference_mode(not options.get("gradients", False)):
             act(batch, step, decides)
 
     with patch.object(Session, "run", run):
