@@ -329,7 +329,10 @@ def test_memory_is_flat_over_a_hundred_batches():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_decoding_process_that_the_system_ends_is_one_line(pictures, tmp_path):
+def test_a_decoding_process_that_the_system_ends_is_one_line(tmp_path):
+    # So many that the process cannot have them all ready before it is ended.
+    pictures = np.zeros((80, 48, 48, 3), dtype=np.uint8)
+
     class Kills(nn.Module):
         def __init__(self):
             super().__init__()
