@@ -123,3 +123,9 @@ def test_depthwise_filters_are_not_taken_for_a_stem():
 
     with pytest.raises(VitprobeError, match="no layer of filters that look at pixels"):
         stem_filters(wrap(Folded(), "folded"))
+
+
+def test_a_later_layer_of_three_channels_is_not_taken_for_a_stem():
+    module = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 3, 3), nn.Conv2d(3, 8, 3))
+    with pytest.raises(VitprobeError, match="no layer of filters that look at pixels"):
+        stem_filters(wrap(module, "folded"))

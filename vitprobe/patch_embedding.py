@@ -207,6 +207,8 @@ def stem_filters(model: Model) -> tuple[str, Tensor]:
         side = round((weight[0].numel() / 3) ** 0.5)
         if isinstance(module, nn.Linear) and 3 * side**2 == weight.shape[1]:
             return name, weight.unflatten(1, (side, side, 3))
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            break  # the first layer looks at something else; later ones never see pixels
     raise NotApplicable(f"{model.name} has no layer of filters that look at pixels.", model.name)
 
 
