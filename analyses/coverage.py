@@ -270,7 +270,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     columns = ["module", "model", "px", "heads × layers", "sums", "blocks", "layers", *head[1:]]
     everything = set(timm.list_modules())
     parts = [
-        f"# The smallest model of {len(rows)} of timm {timm.__version__}'s {len(everything)} modules",
+        f"# The smallest model of {len(rows)} of timm {timm.__version__}'s {len(everything)} "
+        "modules",
         f"Not run: {', '.join(everything - {row['module'] for row in rows}) or 'none'}.",
         "Random weights, the smallest side at which the model runs and keeps a grid, "
         f"{IMAGES} random images. Made by `python analyses/coverage.py`; all counts and lines "
