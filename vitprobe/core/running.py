@@ -180,9 +180,16 @@ class Session:
                 text = f"Stopped after {int(mine.sum())} of {len(mine)} batches. "
                 raise Interrupted(text + _way(checkpoint), stops.status) from None
             except Exception as error:
-                with stops.saving():
-                    if not stops.torn:
-                        saves.now(state, mine)
+                for _ in range(2):
+                    try:
+                        with stops.saving():
+                            if not stops.torn:
+                                saves.now(state, mine)
+                        break
+                    except RuntimeError as late:
+                        # torch tells of a dead decoder when its signal comes, be it in mid-save.
+                        if "DataLoader worker" not in str(late):
+                            raise
                 told = self._told(error, checkpoint)
                 if told is None:
                     raise
@@ -196,7 +203,9 @@ class Session:
                 f"Out of memory on {self.device} at --batch-size {size}; "
                 + (f"try --batch-size {size // 2}." if size > 1 else "a smaller model may fit.")
             )
-        if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        # What a dead process has left behind is a broken connection or a word from torch.
+        broken = isinstance(error, (ConnectionError, EOFError))
+        if broken or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
             return VitprobeError(
                 "The system has ended a process that decodes images, as it does when memory is "
                 f"short; with --workers 0 there are none. {_way(checkpoint)}"
