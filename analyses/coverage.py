@@ -1,7 +1,7 @@
 """What each measurement finds in the smallest model of every timm module.
 
     python analyses/coverage.py
-    python analyses/coverage.py --modules swin_transformer resnet --out /tmp/some
+    python analyses/coverage.py --modules swin_transformer resnet --out some
 
 Each module's smallest model by parameters, with random weights and at the smallest side that it
 runs at, sees a few random images. Writes ``coverage.csv`` (a row a model) and ``coverage.md``. One

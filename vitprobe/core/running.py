@@ -204,7 +204,8 @@ class Session:
                 + (f"try --batch-size {size // 2}." if size > 1 else "a smaller model may fit.")
             )
         # What a dead process has left behind is a broken connection or a word from torch.
-        broken = isinstance(error, (ConnectionError, EOFError))
+        decoders = self._workers(len(self.batches)) > 0
+        broken = decoders and isinstance(error, (ConnectionError, EOFError))
         if broken or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
             return VitprobeError(
                 "The system has ended a process that decodes images, as it does when memory is "
