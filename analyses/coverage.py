@@ -181,9 +181,6 @@ def outcome(work: Callable[[], Any]) -> str:
 
 def row(module: str, name: str = "") -> dict[str, Any]:
     """Every column of a module's model."""
-    torch.set_num_threads(1)
-    # Gradients of an untrained DenseNet are denormal numbers, a hundred times as slow on a CPU.
-    torch.set_flush_denormal(True)
     began = time.perf_counter()
     name, parameters = (name, 0) if name else smallest(module)
     side = smallest_side(name)
@@ -208,6 +205,10 @@ def row(module: str, name: str = "") -> dict[str, Any]:
 def _child(module: str, sender: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_GIB << 30,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_CPU_SECONDS,) * 2)
+    # Settings of the whole process, so here and not where the measurements are made.
+    torch.set_num_threads(1)
+    # Gradients of an untrained DenseNet are denormal numbers, a hundred times as slow on a CPU.
+    torch.set_flush_denormal(True)
     try:
         sender.send(row(module))
     except Exception as error:

@@ -38,3 +38,12 @@ def foreground():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def same_arithmetic():
+    """No test may leave the process with other arithmetic or fewer threads than it found."""
+    threads, smallest_normal = torch.get_num_threads(), np.finfo(np.float64).tiny
+    yield
+    assert smallest_normal / 2 > 0, "denormal numbers are flushed to zero from here on"
+    assert torch.get_num_threads() == threads
