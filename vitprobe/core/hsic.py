@@ -28,15 +28,14 @@ MEAN_ALLOWED = 0.95
 
 
 def gram(features: Tensor) -> Tensor:
-    """The Gram matrix of batch-centred features.
+    """The Gram matrix of features, up to terms c_i + c_j, which U-centring annihilates.
 
-    U-centring annihilates what the batch mean adds (a term c_i + c_j), so whether it is subtracted
-    before or after the product changes nothing but the rounding: float32 digits are lost where the
-    mean is far above the deviation. On a CPU the product of a piece of the features is made first,
-    since it tells how far that is; where the mean holds more than ``MEAN_ALLOWED`` of the piece's
-    squares, the piece is centred and multiplied again, and so are those that follow. Elsewhere
-    every piece is centred first. Products are float32 over blocks of features that fit the cache,
-    sums of blocks are float64.
+    What the batch mean adds is such a term, so whether it is subtracted before the product changes
+    nothing but the rounding: float32 digits are lost where the mean is far above the deviation. On
+    a CPU the product of a piece of the features is made first, since it tells how far that is;
+    where the mean holds more than ``MEAN_ALLOWED`` of the piece's squares, the piece is centred
+    and multiplied again, and so are those that follow. Elsewhere every piece is centred first.
+    Products are float32 over blocks of features that fit the cache, sums of blocks are float64.
 
     Args:
         features: (n, ...) one row an image; any floating type.
@@ -45,22 +44,13 @@ def gram(features: Tensor) -> Tensor:
         (n, n) float64; exactly 0 where no feature varies by more than rounding.
     """
     rows = _rows(features)
-    n, size = rows.shape
+    n = len(rows)
     on_cpu = rows.device.type == "cpu"
-    # Measured: blocks in the second-level cache on CPU, few large launches elsewhere.
-    block, elements = (1024, 2**20) if on_cpu else (8192, 2**26)
-    length = block * max(1, elements // (n * block))
     mean_first = not on_cpu
     plain: Tensor | None = None
     centred: Tensor | None = None
     mean_square: float | Tensor = 0.0
-    for start, stop in _pieces(size, block, length):
-        piece = rows[:, start:stop]
-        if piece.dtype != torch.float64:
-            piece = piece.float()
-        blocks = max(1, (stop - start) // block)
-        # (blocks, n, block): a view of the piece, whose blocks are multiplied side by side.
-        piece = piece.unflatten(1, (blocks, -1)).transpose(0, 1)
+    for piece in _pieces(rows):
         if not mean_first:
             product = _product(piece)
             squares, of_mean = product.trace().item(), product.sum().item() / n
@@ -68,34 +58,35 @@ def gram(features: Tensor) -> Tensor:
             mean_first = not (isfinite(squares) and of_mean <= MEAN_ALLOWED * squares)
             if not mean_first:
                 plain = product if plain is None else plain.add_(product)
-                mean_square += of_mean / n
                 continue
         mean = piece.mean(1, keepdim=True)
         product = _product(piece - mean)
         centred = product if centred is None else centred.add_(product)
         mean_square += mean.to(product.device).double().square().sum()
+    if centred is not None:
+        rounding = 8 * torch.finfo(piece.dtype).eps
+        dead = centred.trace() <= n * mean_square * rounding**2
+        centred = torch.where(dead, torch.zeros_like(centred), centred)
+        return centred if plain is None else plain.add_(centred)
     if plain is not None:
-        means = plain.mean(0)
-        means -= means.mean() / 2
-        plain -= means
-        plain -= means[:, None]
-        if centred is None:
-            return plain
-        centred += plain
-    if centred is None:
-        return torch.zeros(n, n, dtype=torch.float64, device=rows.device)
-    rounding = 8 * torch.finfo(piece.dtype).eps
-    dead = centred.trace() <= n * mean_square * rounding**2
-    return torch.where(dead, torch.zeros_like(centred), centred)
+        return plain
+    return torch.zeros(n, n, dtype=torch.float64, device=rows.device)
 
 
-def _pieces(size: int, block: int, length: int) -> Iterator[tuple[int, int]]:
-    """Spans of at most ``length`` features, all of whole blocks but the last."""
+def _pieces(rows: Tensor) -> Iterator[Tensor]:
+    """(n, features) -> (blocks, n, block), views whose blocks are multiplied side by side."""
+    n, size = rows.shape
+    # Measured: blocks in the second-level cache on CPU, few large launches elsewhere.
+    block, elements = (1024, 2**20) if rows.device.type == "cpu" else (8192, 2**26)
     whole = size - size % block
-    for start in range(0, whole, length):
-        yield start, min(start + length, whole)
+    pieces: tuple[Tensor, ...] = ()
+    if whole:
+        blocks = rows[:, :whole].unflatten(1, (-1, block)).transpose(0, 1)
+        pieces = blocks.split(max(1, elements // (n * block)))
     if whole < size:
-        yield whole, size
+        pieces += (rows[:, whole:][None],)
+    for piece in pieces:
+        yield piece if piece.dtype == torch.float64 else piece.float()
 
 
 def _product(blocks: Tensor) -> Tensor:
@@ -118,6 +109,12 @@ def _rows(features: Tensor) -> Tensor:
         order = sorted(range(1, features.ndim), key=lambda axis: -strides[axis])
         features = features.permute(0, *order)
     return features.reshape(n, -1)
+
+
+def centre(gram: Tensor) -> Tensor:
+    """(n, n) Gram of the features centred over the images."""
+    rows = gram - gram.mean(0)
+    return rows - rows.mean(1, keepdim=True)
 
 
 def u_centre(grams: Tensor) -> Tensor:
@@ -192,5 +189,5 @@ def cka(x: Tensor, y: Tensor) -> float:
 
 def biased_cka(x: Tensor, y: Tensor) -> float:
     """Linear CKA as Kornblith et al. 2019 define it, with its bias; for comparisons only."""
-    k, m = gram(x), gram(y)
+    k, m = centre(gram(x)), centre(gram(y))
     return float((k * m).sum() / sqrt((k * k).sum() * (m * m).sum()))
