@@ -1,6 +1,7 @@
 """Linear probes: scikit-learn's numbers, leave-one-out, what test images may touch, messages."""
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -109,6 +110,29 @@ def test_probes_of_a_layer_classify_as_scikit_learn_does(n, d, monkeypatch):
         np.testing.assert_allclose(scores, known.predict(tests), atol=1e-6)
         right = (known.predict(tests).argmax(1) == truth.numpy()).sum()
         assert probe.correct(others, truth)[0, 5 if v is None else v] == right
+
+
+@pytest.fixture
+def threads():
+    """Gives torch a number of threads; what it was comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n, d", [(24, 6), (9, 20)])
+def test_threads_share_the_vectors_out_and_change_nothing(n, d, monkeypatch, threads):
+    monkeypatch.setattr(core_probes, "PIECE_BYTES", 2)  # one vector after the other
+    found = []
+    for count in (1, 3):
+        threads(count)
+        found.append(fit_probe(*problem(n, d, count=5), 3))
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == count
+        assert torch.get_num_threads() == count
+    for name in ("centre", "weights", "bias", "joint_bias", "penalty"):
+        alone, shared = (getattr(one, name) for one in found)
+        torch.testing.assert_close(alone, shared, rtol=1e-9, atol=1e-12)
 
 
 def test_draws_side_by_side_count_as_each_does_alone():

@@ -7,6 +7,9 @@ standardised features is the sum of the Grams of the vectors, so it costs no pro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +21,14 @@ from torch.nn.functional import adaptive_avg_pool2d
 from vitprobe.core.capture import capture
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.places import CHANNELS_FIRST, TOKENS, Placed, Places
-from vitprobe.core.ridge import dual, ridge, signed_targets, standardisation
+from vitprobe.core.ridge import PENALTIES, dual, ridge, signed_targets, standardise
 from vitprobe.core.running import Batch, Session
 
 READOUTS = ("tokens", "CLS", "first patch", "mean", "all")
-# Features of one draw, and the matrices of one solution, stay below these.
+# Features of one draw, and the matrices of all solutions at a time, stay below these.
 HELD_BYTES, SOLVED_BYTES = 2**31, 2**28
+# Those of one solution on one of several threads: about what caches hold.
+PIECE_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -101,42 +106,68 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int) -> Probe:
     targets = signed_targets(labels, classes)
     weights = features.new_zeros(count, width, 2, 1, classes)
     bias = features.new_zeros(count, 1, classes)
-    centre, penalty = features.new_zeros(count, width), targets.new_zeros(1, count + 1)
-    # The Gram of the constant feature is 1 everywhere.
-    joint_gram = targets.new_ones(n, n)
-    each = 8 * (3 * n * width + 5 * min(n, width + 1) ** 2)
-    size = max(1, SOLVED_BYTES // each)
-    pieces = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-    for piece in pieces:
-        mean, scale, rows = _standardised(features[:, piece])
+    mean, scale = targets.new_zeros(2, count, width)
+    penalty = targets.new_zeros(1, count + 1)
+
+    def own(piece: slice) -> Tensor:
+        """The probe of each vector; returns their part of the joint Gram."""
+        rows = _rows(features[:, piece])
+        mean[piece], scale[piece] = standardise(rows)
         grams = rows @ rows.mT
-        joint_gram += grams[: count - 1 - piece.start].sum(0)
         if n <= width + 1:
+            # The Gram of the constant feature is 1 everywhere.
             coefficients, penalty[0, piece] = dual(grams + 1, targets)
-            found, constant = rows.mT @ coefficients, coefficients.sum(1)
+            found, constant = coefficients.mT @ rows, coefficients.sum(1)
         else:
             together = torch.cat([rows, rows.new_ones(len(rows), n, 1)], 2)
-            found, penalty[0, piece] = ridge(together, targets)
-            found, constant = found[:, :-1], found[:, -1]
-        centre[piece] = mean
-        weights[piece, :, 0, 0] = (found / scale[..., None]).to(weights)
+            solved, penalty[0, piece] = ridge(together, targets)
+            found, constant = solved[:, :-1].mT, solved[:, -1]
+        weights[piece, :, 0, 0] = (found / scale[piece, None]).mT.to(weights)
         bias[piece, 0] = constant.to(bias)
-    coefficients, penalty[0, -1] = dual(joint_gram, targets)
-    for piece in pieces:
-        if len(pieces) > 1:
-            _, scale, rows = _standardised(features[:, piece])
-        weights[piece, :, 1, 0] = (rows.mT @ coefficients / scale[..., None]).to(weights)
+        return grams[: count - 1 - piece.start].sum(0)
+
+    def joint(piece: slice) -> None:
+        centred = _rows(features[:, piece]).sub_(mean[piece, None])
+        found = coefficients.mT @ centred / scale[piece, None].square()
+        weights[piece, :, 1, 0] = found.mT.to(weights)
+
+    each = 8 * (3 * n * width + 5 * min(n, width + 1) ** 2 + 2 * n * len(PENALTIES) * classes)
+    with _shared_out(count, each, features.device) as (over, pieces):
+        joint_gram = torch.stack(list(over(own, pieces))).sum(0) + 1
+        coefficients, penalty[0, -1] = dual(joint_gram, targets)
+        list(over(joint, pieces))
     weights[-1, :, 1] = 0
-    return Probe(centre, weights, bias, coefficients.sum(0)[None].to(bias), penalty)
+    return Probe(mean.to(bias), weights, bias, coefficients.sum(0)[None].to(bias), penalty)
 
 
-def _standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, vectors, features) -> mean, deviation, and (vectors, n, features) rows in float64."""
+def _rows(features: Tensor) -> Tensor:
+    """(n, vectors, features) -> (vectors, n, features), a copy in float64."""
     n, count, width = features.shape
     rows = features.new_empty(count, n, width, dtype=torch.float64)
-    rows.copy_(features.transpose(0, 1))
-    mean, scale = standardisation(rows, 1)
-    return mean, scale, rows.sub_(mean[:, None]).div_(scale[:, None])
+    return rows.copy_(features.transpose(0, 1))
+
+
+@contextmanager
+def _shared_out(
+    count: int, each: int, device: torch.device
+) -> Iterator[tuple[Callable[..., Iterator[Any]], list[slice]]]:
+    """A ``map`` for work on ``count`` vectors, each of so many bytes, and pieces to map over.
+
+    LAPACK takes one thread for a small eigenproblem, and torch one problem after the other: on a
+    CPU every thread is given pieces of its own, small enough for its cache.
+    """
+    threads = torch.get_num_threads()
+    alone = device.type != "cpu" or threads == 1 or threads * each > SOLVED_BYTES
+    size = max(1, (SOLVED_BYTES if alone else PIECE_BYTES) // each)
+    pieces = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    if alone:
+        yield map, pieces
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map, pieces
+    finally:
+        torch.set_num_threads(threads)  # what threads of later on start with
 
 
 def fit_draw(ready: Session, placed: list[Placed], classes: int) -> list[Probe]:
@@ -235,7 +266,8 @@ def _features(
 
         def take(i: int, tensor: Tensor) -> None:
             found = vectors(tensor, placed[i].places, grids[i])
-            if not torch.isfinite(found).all():
+            # One pass over them, and no tensor of truth values.
+            if not torch.isfinite(torch.stack(torch.aminmax(found))).all():
                 raise VitprobeError(
                     f"The layer {placed[i].layer.label} of {ready.models[placed[i].model].name} is "
                     f"not finite; it is the first such layer."
