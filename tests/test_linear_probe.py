@@ -38,6 +38,10 @@ def problem(n, d, classes=3, seed=0, count=1):
     return centres[labels] + noise + 5, labels
 
 
+def centred(features):
+    return features - features.mean(0)
+
+
 def with_constant(rows):
     return torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
 
@@ -45,21 +49,27 @@ def with_constant(rows):
 @pytest.mark.parametrize("n, d", [(40, 7), (12, 60), (30, 29)])
 def test_weights_are_those_of_scikit_learn(n, d):
     features, labels = problem(n, d)
-    rows, targets = with_constant(features[:, 0]), signed_targets(labels, 3)
+    rows, targets = with_constant(centred(features[:, 0])), signed_targets(labels, 3)
     for penalty in (0.01, 1.0, 300.0):
         found, _ = ridge(rows, targets, torch.tensor([penalty]))
         known = Ridge(alpha=penalty, fit_intercept=False).fit(rows, targets)
         np.testing.assert_allclose(rows @ found, known.predict(rows), atol=1e-6)
     found, chosen = ridge(rows, targets)
-    known = RidgeCV(alphas=PENALTIES.numpy(), fit_intercept=False).fit(rows, targets)
-    assert chosen == pytest.approx(known.alpha_)
+    assert chosen == pytest.approx(penalty_of_scikit_learn(rows[:, :-1], targets))
+    known = Ridge(alpha=float(chosen), fit_intercept=False).fit(rows, targets)
     np.testing.assert_allclose(rows @ found, known.predict(rows), atol=1e-6)
+
+
+def penalty_of_scikit_learn(features, targets):
+    """That of the least leave-one-out error, for which it centres anew without the row."""
+    return RidgeCV(alphas=PENALTIES.numpy()).fit(features, targets).alpha_
 
 
 @pytest.mark.parametrize("n, d", [(40, 7), (12, 60), (20, 20)])
 def test_primal_equals_dual(n, d):
     features, labels = problem(n, d, count=4)
-    rows, targets = with_constant(features).transpose(0, 1), signed_targets(labels, 3)
+    rows = with_constant(centred(features)).transpose(0, 1)
+    targets = signed_targets(labels, 3)
     primal, first = ridge(rows, targets, form="primal")
     other, second = ridge(rows, targets, form="dual")
     torch.testing.assert_close(primal, other, rtol=1e-6, atol=1e-8)
@@ -69,16 +79,18 @@ def test_primal_equals_dual(n, d):
 @pytest.mark.parametrize("n, d", [(15, 4), (9, 30)])
 def test_leave_one_out_equals_brute_force(n, d):
     features, labels = problem(n, d)
-    rows, targets = with_constant(features[:, 0]), signed_targets(labels, 3)
+    features, targets = centred(features[:, 0]), signed_targets(labels, 3)
+    rows = with_constant(features)
     penalties = torch.tensor([0.1, 5.0, 200.0], dtype=torch.float64)
     brute = []
-    for penalty in penalties:
+    for penalty in penalties.tolist():
         errors = []
         for i in range(n):
-            rest = torch.arange(n) != i
-            left, _ = ridge(rows[rest], targets[rest], penalty[None])
-            errors.append(((targets[i] - rows[i] @ left) ** 2).mean())
-        brute.append(float(torch.stack(errors).mean()))
+            rest = np.arange(n) != i
+            # The mean of the others, a constant of their own.
+            left = Ridge(alpha=penalty).fit(features[rest], targets[rest])
+            errors.append((targets[i].numpy() - left.predict(features[i : i + 1])[0]) ** 2)
+        brute.append(float(np.mean(errors)))
     moment = rows.mT @ rows
     assert primal_errors(rows, moment, targets, penalties).tolist() == pytest.approx(brute)
     assert dual_errors(rows @ rows.mT, targets, penalties).tolist() == pytest.approx(brute)
@@ -100,9 +112,10 @@ def test_probes_of_a_layer_classify_as_scikit_learn_does(n, d, monkeypatch):
         rows, tests = (
             with_constant(((x - mean) / scale)[:, part].flatten(1)) for x in (features, others)
         )
-        known = RidgeCV(alphas=PENALTIES.numpy(), fit_intercept=False)
-        known.fit(rows, signed_targets(labels, 3))
-        assert probe.penalty[0, 5 if v is None else v] == pytest.approx(known.alpha_)
+        targets = signed_targets(labels, 3)
+        penalty = penalty_of_scikit_learn(rows[:, :-1], targets)
+        assert probe.penalty[0, 5 if v is None else v] == pytest.approx(penalty)
+        known = Ridge(alpha=penalty, fit_intercept=False).fit(rows, targets)
         scores = torch.einsum("nvd,vdc->nvc", others - probe.centre, probe.weights[
             :, :, int(v is None), 0
         ])  # fmt: skip
@@ -110,6 +123,18 @@ def test_probes_of_a_layer_classify_as_scikit_learn_does(n, d, monkeypatch):
         np.testing.assert_allclose(scores, known.predict(tests), atol=1e-6)
         right = (known.predict(tests).argmax(1) == truth.numpy()).sum()
         assert probe.correct(others, truth)[0, 5 if v is None else v] == right
+
+
+def test_leave_one_out_sees_that_a_good_fit_is_better_than_none():
+    # With the image that is left out in the mean, all others together are its negative: a fit of
+    # classes far apart had 1.5 to 2 times the error of none, and the largest penalties won.
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) % 10
+    centres = torch.randn(10, 384, generator=generator, dtype=torch.float64)
+    features = centres[labels] + torch.randn(100, 384, generator=generator, dtype=torch.float64)
+    rows = with_constant(centred(features))
+    errors = dual_errors(rows @ rows.mT, signed_targets(labels, 10), PENALTIES)
+    assert errors[:4].max() < 0.1 * errors[-1]
 
 
 @pytest.fixture

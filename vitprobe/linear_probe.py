@@ -7,11 +7,11 @@ a few images a class. Readouts: ``tokens``, one probe for each patch token, thei
 averaged; ``CLS``; ``first patch``; ``mean`` of all patch tokens; ``all``, every token of the layer
 side by side. In a CNN the tokens are map locations, averaged down to the last block's resolution.
 
-Choices made: features standardised with the fitting images' mean and deviation (+1e-5), a
-constant feature appended; the penalty of each probe chosen among 1e-2 ... 1e6 by the leave-one-out
-error on its fitting images, so that test images decide nothing. Several seeded draws of fitting
-images, their accuracies averaged; the standard error holds the spread of the draws and the number
-of test images.
+Choices made: features standardised with the fitting images' mean and deviation (+1e-5), a constant
+feature appended; the penalty of each probe chosen among 1e-2 ... 1e6 by the leave-one-out error on
+its fitting images, each left out of the mean too, so that test images decide nothing. Several
+seeded draws of fitting images, their accuracies averaged; the standard error holds the spread of
+the draws and the number of test images.
 
 Memory: the features of one draw are held in float32, a few layers at a time where all would take
 more than 2 GiB (the draw then passes more than once); of the test images nothing is.

@@ -1,14 +1,22 @@
 """Many ridge regressions side by side, each with its penalty chosen by leaving one row out.
 
 With rows X (n, d), targets Y (n, c) and penalty λ, the weights are W = (XᵀX + λI)⁻¹XᵀY, or
-Xᵀ(XXᵀ + λI)⁻¹Y where there are more features than rows. One eigendecomposition of the smaller
-matrix gives the errors of all n leave-one-out fits for every λ at once:
+Xᵀ(XXᵀ + λI)⁻¹Y where there are more features than rows. The last column of X is the constant
+feature 1, penalised like all; the others have mean 0, so that it stands by itself: its weight is
+nȳ / (n + λ) and its part of the Gram is 1 everywhere.
 
-    primal: e_i = (y_i - ŷ_i) / (1 - h_i), with the leverage h_i = x_iᵀ(XᵀX + λI)⁻¹x_i;
-    dual:   e_i = [G⁻¹Y]_i / [G⁻¹]_ii,     with G = XXᵀ + λI.
+A row that is left out must be left out of the mean too. Else the other rows sum to its negative,
+and what they say of it is turned round: the leave-one-out error of a good fit came out above that
+of none. Rows of another mean ask for another constant, so none is held against it: the fits that
+are compared have a free constant. One eigendecomposition of the smaller matrix gives the errors of
+all n of them for every λ at once:
 
-The λ of the smallest mean square error is taken, as in scikit-learn's ``RidgeCV``. A constant
-feature is one of the columns, and is penalised like all.
+    primal: e_i = (y_i - ȳ - x_iᵀw) / (1 - 1/n - x_iᵀ(XᵀX + λI)⁻¹x_i);
+    dual:   e_i = [G⁻¹(Y - ȳ)]_i / ([G⁻¹]_ii - 1/(nλ)),     with G = XXᵀ + λI,
+
+x, w, X without the constant. The λ of the smallest mean square error is taken: the one that
+scikit-learn's ``RidgeCV`` takes with its intercept. The deviation by which features were divided is
+that of all rows throughout.
 """
 
 from __future__ import annotations
@@ -44,7 +52,7 @@ def ridge(
     """Weights and chosen penalty of every regression.
 
     Args:
-        rows: (..., n, d) float64.
+        rows: (..., n, d) float64; columns of mean 0 and, last, the constant 1.
         targets: (n, c) float64, the same for all.
         penalties: (p,) to choose from; one is taken as it is.
         form: ``primal`` or ``dual``; by default that of the smaller matrix.
@@ -63,7 +71,7 @@ def ridge(
 
 
 def dual(grams: Tensor, targets: Tensor, penalties: Tensor = PENALTIES) -> tuple[Tensor, Tensor]:
-    """(..., n, n) Grams -> (..., n, c) coefficients of the rows, and the chosen penalties (...)."""
+    """Grams (..., n, n) of such rows -> coefficients (..., n, c), and penalties chosen (...)."""
     solved, errors = _solved(grams, targets, penalties.to(grams))
     best = errors.argmin(-1)
     coefficients = solved.take_along_dim(best[..., None, None, None], -2).squeeze(-2)
@@ -82,19 +90,24 @@ def _solved(grams: Tensor, targets: Tensor, penalties: Tensor) -> tuple[Tensor, 
     diagonal = vectors.square() @ shrunk
     rotated = shrunk[..., None] * (vectors.mT @ targets)[..., None, :]
     solved = (vectors @ rotated.flatten(-2)).unflatten(-1, rotated.shape[-2:])
-    squares = solved.square().mean(-1) / diagonal.square()
+    # What the constant, an eigenvector of eigenvalue n, has in both.
+    n = len(targets)
+    above = solved - targets.mean(0) / (n + penalties)[:, None]
+    squares = above.square().mean(-1) / (diagonal - 1 / (n * (n + penalties))).square()
     return solved, squares.mean(-2)
 
 
 def primal_errors(rows: Tensor, moment: Tensor, targets: Tensor, penalties: Tensor) -> Tensor:
-    """(..., p) mean square leave-one-out errors from rows (..., n, d) and their XᵀX."""
-    values, vectors = torch.linalg.eigh(moment)
-    scores = rows @ vectors
-    shrunk = 1 / (values.clamp_min(0)[..., None] + penalties)  # (..., d, p)
-    rest = 1 - scores.square() @ shrunk
+    """(..., p) mean square leave-one-out errors from such rows (..., n, d) and their XᵀX."""
+    n, mean = len(targets), targets.mean(0)
+    features = rows[..., :-1]
+    values, vectors = torch.linalg.eigh(moment[..., :-1, :-1])
+    scores = features @ vectors
+    shrunk = 1 / (values.clamp_min(0)[..., None] + penalties)  # (..., d - 1, p)
+    rest = 1 - 1 / n - scores.square() @ shrunk
     rotated = scores.mT @ targets
     errors = [
-        ((targets - scores @ (shrunk[..., p, None] * rotated)) / rest[..., p, None])
+        ((targets - mean - scores @ (shrunk[..., p, None] * rotated)) / rest[..., p, None])
         .square()
         .mean((-2, -1))
         for p in range(len(penalties))
