@@ -18,7 +18,7 @@ from torch import nn
 from vitprobe import VitprobeError, attention_distance, cka, open_images, wrap
 from vitprobe.core import memory, pictures
 from vitprobe.core.capture import capture
-from vitprobe.core.checkpoint import UntilWritten, write_atomically
+from vitprobe.core.checkpoint import Checkpoint, UntilWritten, write_atomically
 from vitprobe.core.interrupts import Interrupted
 from vitprobe.core.running import Options, session
 
@@ -246,6 +246,22 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     write_atomically({path: b"whole"})
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"whole"
+
+
+def test_a_save_cut_off_leaves_nothing_after_the_run(tmp_path):
+    # By another process of the run, and there is no later save in whose way it would be.
+    code = (
+        "import os, sys; from pathlib import Path; from vitprobe.core import checkpoint\n"
+        "checkpoint.np.savez = lambda *_, **__: os.kill(os.getpid(), 9)\n"
+        "place = Path(sys.argv[1]) / '.x'\n"
+        "checkpoint.Checkpoint(place, {'a': 1}, 3, 2).save({}, checkpoint.np.ones(3, bool))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+    assert len(list(tmp_path.iterdir())) == 1
+    Checkpoint(tmp_path / ".x", {"a": 2}, 3, 0).remove()
+    assert len(list(tmp_path.iterdir())) == 1
+    Checkpoint(tmp_path / ".x", {"a": 1}, 3, 0).remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_of_one_command_at_once_count_nothing_twice(tensors, tmp_path):

@@ -115,10 +115,12 @@ class Checkpoint:
         self.saved = True
 
     def remove(self) -> None:
-        """Remove the partial files of this run."""
+        """Remove the partial files of this run, and what killed processes left of a save."""
         # The names carry the key: runs with other facts in the same place are left alone.
         for file in self._files():
             file.unlink(missing_ok=True)
+        if self.path is not None and self.path.parent.is_dir():
+            _sweep(self.path.parent, f".{self.path.name}.{self.key[:12]}.")
 
     def _file(self, rank: int) -> Path:
         assert self.path is not None
@@ -199,9 +201,11 @@ def write_atomically(contents: dict[Path, Content]) -> None:
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(path)
+            _sweep(path.parent, f".{path.name}{_of_this_machine()}")
             handle, temporaries[path] = tempfile.mkstemp(
-                prefix=f"{_mark(path)}{os.getpid()}-", suffix=".tmp", dir=path.parent
+                prefix=f".{path.name}{_of_this_machine()}{os.getpid()}-",
+                suffix=".tmp",
+                dir=path.parent,
             )
             with os.fdopen(handle, "wb") as file:
                 if isinstance(content, bytes):
@@ -223,18 +227,17 @@ def write_atomically(contents: dict[Path, Content]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _mark(path: Path) -> str:
-    """How temporary files for ``path`` begin that processes of this machine have made."""
-    machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
-    return f".{path.name}.{machine}-"
+def _of_this_machine() -> str:
+    """What the names of temporary files hold that processes of this machine have made."""
+    return f".{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}-"
 
 
-def _sweep(path: Path) -> None:
-    """Remove temporary files for ``path`` whose processes are no more."""
-    mark = _mark(path)
-    for file in path.parent.iterdir():
-        if file.name.startswith(mark) and file.name.endswith(".tmp"):
-            process = file.name[len(mark) :].partition("-")[0]
+def _sweep(folder: Path, start: str) -> None:
+    """Remove temporary files with such a start whose processes are no more."""
+    mark = _of_this_machine()
+    for file in folder.iterdir():
+        if file.name.startswith(start) and file.name.endswith(".tmp") and mark in file.name:
+            process = file.name.rpartition(mark)[2].partition("-")[0]
             if process.isdigit() and not _alive(int(process)):
                 file.unlink(missing_ok=True)
 
