@@ -51,7 +51,7 @@ from vitprobe.core.models import Model, load_model
 
 SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 IMAGES, BATCH = 8, 4
-LIMIT_CPU_SECONDS, LIMIT_GIB = 600, 12
+LIMIT_CPU_SECONDS, LIMIT_GIB = 1200, 12
 YES, ABSENT, NO = "yes", "not in this architecture", "no"
 # How a measurement says that an architecture has nothing for it.
 SAYS_ABSENT = re.compile(
