@@ -198,6 +198,8 @@ class Session:
                 # Who is asked to stop together with the others sees them end, too.
                 if stops.asked or isinstance(error, KeyboardInterrupt):
                     raise Interrupted(f"Stopped. {_way(checkpoint)}", stops.status) from None
+                if memory.ran_out(error):
+                    raise
                 raise VitprobeError(
                     f"Another process of this run has ended before it was done. {_way(checkpoint)}"
                 ) from error
