@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vitprobe import localization
+from vitprobe.core import memory
 from vitprobe.core import place_hsic as estimator
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.hsic import gram, hsic
@@ -108,6 +109,13 @@ def test_blocks_of_places_change_nothing(monkeypatch):
     whole = place_hsic(tokens, patches)
     monkeypatch.setattr(estimator, "BLOCK_BYTES", 8 * 8 * 8 * 2)
     torch.testing.assert_close(place_hsic(tokens, patches), whole)
+
+
+@pytest.mark.parametrize(("n", "places", "features"), [(64, 49, 64), (32, 64, 64), (16, 49, 768)])
+def test_the_memory_told_beforehand_is_what_it_takes(n, places, features):
+    given = [torch.randn(n, places, features), torch.randn(n, places, 48)]
+    taken = memory.fullest(lambda: place_hsic(*given), given)
+    assert 0.6 < estimator.scratch_bytes(n, places, features) / taken < 1.4
 
 
 def test_a_patch_that_does_not_vary_is_undefined_not_zero():

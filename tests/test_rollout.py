@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.text import Text
 
 from vitprobe import attention_rollout
 from vitprobe.attention_rollout import Rollout, measure
@@ -74,6 +75,18 @@ def test_several_models_saved_and_loaded(tmp_path):
     assert picture.shape == (160, 160, 3) and shown.shape == (10, 10)
     again = load_result(result.save(tmp_path / "r")[-1])
     np.testing.assert_array_equal(again.plot().axes[1].images[0].get_array(), shown)
+
+
+def test_a_figure_of_many_pictures_shows_the_first_of_every_model(monkeypatch):
+    monkeypatch.setattr(attention_rollout, "MAX_SHOWN", 4)
+    models = ["test_vit@random", wrap(timm.create_model("test_vit"), "other")]
+    result = measure(models, torch.rand(5, 3, 160, 160), num_images=5)
+    assert len(result.rollout) == 10
+    figure = result.plot()
+    shown = [ax.images[0].get_array() for ax in figure.axes if ax.images][1::3]
+    expected = [result.of(index)[1] for index in (0, 1, 5, 6)]
+    np.testing.assert_array_equal(shown, expected)
+    assert any("The first 2 of 5 pictures" in text.get_text() for text in figure.findobj(Text))
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_a_batch_that_is_in_some_sums_only_is_not_saved(tensors, tmp_path):
 
             ready.run(step, sums, decides={})
 
-    with pytest.raises(Interrupted, match=r"Stopped after 2 of 5 batches"):
+    with pytest.raises(Interrupted, match=r"Stopped after 2 of 5 batches. Nothing is kept."):
         run(stops=True)
     run(stops=False)
     assert sums["first"] == sums["second"] == 20

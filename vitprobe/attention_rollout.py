@@ -33,6 +33,8 @@ from vitprobe.core.running import Batch, Options, session
 from vitprobe.core.tables import Label
 
 PICTURES, PHOTOGRAPH_SIDE = 4, 64
+# Maps in a figure.
+MAX_SHOWN = 64
 
 
 class Rollout:
@@ -90,12 +92,18 @@ class AttentionRolloutResult(Result):
         return self.pictures[index, :height, :width], self.rollout[index, :rows, :columns]
 
     def plot(self, ax: Any = None) -> Any:
-        """Picture, map and overlay of each map; on ``ax``, the overlay of the first."""
+        """Picture, map and overlay of each map; on ``ax``, the overlay of the first.
+
+        Of many pictures the first: no figure holds hundreds of them.
+        """
         with drawing.style():
             if ax is not None:
                 self._overlay(ax, 0)
                 return ax
-            count = len(self.rollout)
+            models, pictures = len(self.meta["maps"]), len(self.rollout) // len(self.meta["maps"])
+            each = min(pictures, max(1, MAX_SHOWN // models))
+            maps = [m * pictures + i for m in range(models) for i in range(each)]
+            count = len(maps)
             across = 2 if count > 1 else 1
             figure = drawing.new_figure(5.4 * across, 1.95 * -(-count // across) + 0.5)
             # A gap between the trios, as wide as it takes to tell them apart.
@@ -106,7 +114,7 @@ class AttentionRolloutResult(Result):
             for one in axes.ravel():
                 one.set_axis_off()
             trios = [row[start : start + 3] for row in axes for start in (0, 4)[:across]]
-            for index, trio in enumerate(trios[:count]):
+            for index, trio in zip(maps, trios):
                 picture, shown = self.of(index)
                 trio[0].imshow(picture)
                 trio[1].imshow(shown, cmap=drawing.SEQUENTIAL, interpolation="nearest")
@@ -115,6 +123,8 @@ class AttentionRolloutResult(Result):
             text = drawing.provenance_line(self.meta)
             text += " Picture, rollout to the class token (the mean of all tokens where there is"
             text += " none), and the picture lit by it; each map scaled to [0, 1] by itself."
+            if each < pictures:
+                text += f" The first {each} of {pictures} pictures; all are in the file."
             drawing.caption(figure, text)
             return figure
 

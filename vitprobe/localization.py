@@ -30,8 +30,9 @@ from vitprobe.core import cli, drawing
 from vitprobe.core.capture import capture
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, jackknife
-from vitprobe.core.place_hsic import input_patches, place_cka, place_hsic
+from vitprobe.core.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
 from vitprobe.core.places import (
+    CHANNELS_FIRST,
     CLASS_TOKEN,
     CONVOLUTION,
     MEAN_OF_TOKENS,
@@ -294,7 +295,8 @@ def measure(
             sums["used"][batch.index % groups] += 1
 
         labels = [one.layer.label for one in placed]
-        ready.run(step, sums, decides={"analysis": "localization", "layers": labels})
+        decides = {"analysis": "localization", "layers": labels}
+        ready.run(step, sums, decides=decides, scratch=_scratch(ready, placed, grids))
         if not sums["used"].sum():
             raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
         meta = ready.meta("localization")
@@ -318,6 +320,18 @@ def _sums(ready: Session, grids: list[Places]) -> Sums:
     groups = min(MAX_GROUPS, len(ready.batches), max(2, affordable))
     shapes = {f"hsic{i}": (groups, size, size) for i, size in enumerate(sizes)}
     return ready.sums(used=(groups,), left_out=(), **shapes)
+
+
+def _scratch(ready: Session, placed: list[Placed], grids: list[Places]) -> int:
+    """Bytes for the layer that needs most of them, one being looked at after the other."""
+    n, most = min(ready.options.batch_size, len(ready.images)), 0
+    examples = ready.example()
+    for one, grid in zip(placed, grids):
+        places, example = grid.rows * grid.columns, examples[one.model]
+        patch = example[0].numel() // places
+        width = one.layer.shape[0 if one.places.form == CHANNELS_FIRST else -1]
+        most = max(most, scratch_bytes(n, places, max(width, patch)))
+    return most
 
 
 def _hsic(

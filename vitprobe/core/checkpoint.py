@@ -57,14 +57,14 @@ class Checkpoint:
         rank: of this process.
 
     Attributes:
-        saved: whether there is a state on disk.
+        saved: how many batches the state of this process on disk holds.
     """
 
     def __init__(self, path: Path | None, facts: dict[str, Any], batches: int, rank: int) -> None:
         text = json.dumps(facts, sort_keys=True, default=str)
         self.key = hashlib.sha256(text.encode()).hexdigest()
         self.path, self.batches, self.rank = path, batches, rank
-        self.saved = False
+        self.saved = 0
 
     @property
     def keeps(self) -> bool:
@@ -87,6 +87,7 @@ class Checkpoint:
             used.append(file)
             for name, total in state.items():
                 total += torch.from_numpy(part[name]).to(total)
+        self.saved = int(done.sum())
         if used and files != [self._file(0)]:
             # One file from here on: processes that save anew would write over what was theirs.
             try:
@@ -112,7 +113,7 @@ class Checkpoint:
             np.savez(file, _key=np.array(self.key), _done=done, **arrays)
 
         write_atomically({self._file(self.rank): write})
-        self.saved = True
+        self.saved = int(done.sum())
 
     def remove(self) -> None:
         """Remove the partial files of this run, and what killed processes left of a save."""

@@ -10,13 +10,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vitprobe.core import processes
 from vitprobe.core.checkpoint import UntilWritten
 from vitprobe.core.errors import VitprobeError
-from vitprobe.core.interrupts import Interrupted
+from vitprobe.core.interrupts import HeldBack, Interrupted
 from vitprobe.core.models import bundled_models
 from vitprobe.core.results import FORMATS, Result
 
@@ -180,12 +181,17 @@ def guarded(body: Callable[[], None], debug: bool = False) -> int:
 
 
 def _tell(message: str) -> None:
-    if processes.is_main_process():
-        print(f"vitprobe: {message}", file=sys.stderr)
-        return
-    # What the first process meets too it tells alone: torchrun ends the others meanwhile.
-    time.sleep(GRACE_S)
-    print(f"vitprobe (process {os.environ['RANK']}): {message}", file=sys.stderr)
+    """One line for the whole run, whichever process has it to say: torchrun then ends the others.
+
+    What all of them meet the first process tells.
+    """
+    who = "vitprobe"
+    with suppress(KeyboardInterrupt), HeldBack() as stops, stops.undisturbed():
+        if not processes.is_main_process():
+            who = f"vitprobe (process {os.environ['RANK']})"
+            time.sleep(GRACE_S)
+        if processes.first_to_tell():
+            print(f"{who}: {message}", file=sys.stderr)
 
 
 def check_writable(out: Path, stem: str) -> None:

@@ -35,12 +35,16 @@ class HeldBack:
 
     Handlers that others have set are left alone, and so are all outside the main thread.
 
+    Args:
+        takes: whether to take the signals at all.
+
     Attributes:
         torn: a batch has begun to change the sums and has not ended.
         status: exit status that belongs to the signal that came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, takes: bool = True) -> None:
+        self.takes = takes
         self.torn = False
         self.status = 128 + signal.SIGINT
         self._holding = False
@@ -51,7 +55,7 @@ class HeldBack:
         usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         if hasattr(signal, "SIGHUP"):
             usual[signal.SIGHUP] = signal.SIG_DFL
-        if threading.current_thread() is threading.main_thread():
+        if self.takes and threading.current_thread() is threading.main_thread():
             for number, handler in usual.items():
                 if signal.getsignal(number) == handler:
                     self._before[number] = signal.signal(number, self._arrived)
@@ -71,10 +75,15 @@ class HeldBack:
         self._holding = False
         self._stop_if_asked()
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._first is not None
+
     @contextmanager
-    def saving(self) -> Iterator[None]:
+    def undisturbed(self) -> Iterator[None]:
         """Around a save; a signal that came meanwhile stops the run unless it is stopping."""
-        stopping, self._holding = self._first is not None, True
+        stopping, self._holding = self.asked, True
         try:
             yield
         finally:
@@ -83,7 +92,7 @@ class HeldBack:
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        if self._first is not None:
+        if self.asked:
             raise KeyboardInterrupt
 
     def _arrived(self, number: int, frame: Any) -> None:

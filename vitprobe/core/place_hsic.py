@@ -67,6 +67,11 @@ def place_hsic(tokens: Tensor, patches: Tensor) -> Tensor:
     return result / (n * (n - 3))
 
 
+def scratch_bytes(n: int, places: int, features: int) -> int:
+    """What ``place_hsic`` needs beside what it is given: centred features, and Grams twice over."""
+    return 4 * n * places * features + 5 * min(8 * places * n * n, BLOCK_BYTES)
+
+
 def place_cka(sums: Tensor) -> Tensor:
     """(t + 1, p + 1) sums of HSIC₁ -> (t, p) CKA; NaN where a token or patch does not vary."""
     token, patch = (

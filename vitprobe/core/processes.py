@@ -24,6 +24,27 @@ def on_this_machine() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def first_to_tell() -> bool:
+    """Whether no other process of the run has told the user yet why it ends.
+
+    True as well where that cannot be found out.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    try:
+        # torchrun keeps the store that the processes meet in, whichever of them has ended.
+        store = torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=5),
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return bool(store.add(f"vitprobe has told {attempt}", 1) == 1)
+    except (AttributeError, KeyError, ValueError, RuntimeError):
+        return True
+
+
 def join(device: torch.device) -> tuple[int, int]:
     """(rank, world size), the process group begun; (0, 1) without ``torchrun``."""
     import torch.distributed as dist

@@ -121,7 +121,8 @@ class Session:
         checkpoint = Checkpoint(path, facts, len(self.batches), rank)  # type: ignore[arg-type]
         done = checkpoint.load(state, fresh=self.options.fresh)
         if world > 1:
-            done = processes.from_main_process(done, self.device)
+            with self._together(checkpoint):
+                done = processes.from_main_process(done, self.device)
         todo = [b for b in range(len(self.batches)) if not done[b]][rank::world]
         if done.any() and rank == 0 and not self.options.quiet:
             print(f"going on after {int(done.sum())} of {len(done)} batches", file=sys.stderr)
@@ -131,12 +132,8 @@ class Session:
                 self._forecast(sums, scratch)
             self._over(todo, step, state, checkpoint, done if rank == 0 else np.zeros_like(done))
         if world > 1:
-            try:
+            with self._together(checkpoint):
                 processes.sum_over_processes(state, self.device)
-            except RuntimeError as error:
-                raise VitprobeError(
-                    f"Another process of this run has ended before it was done. {_way(checkpoint)}"
-                ) from error
             self._check_broken(state)
         self.broken = [self.images.name(int(p)) for p in state["_broken"].nonzero()[:, 0]]
         if until_written is not None:
@@ -168,32 +165,44 @@ class Session:
                                 step(batch)
                             mine[batch.index] = True
                         progress.update()
-                        with stops.saving():
+                        with stops.undisturbed():
                             saves.now_and_then(state, mine)
                 if checkpoint.keeps:
-                    with stops.saving():
+                    with stops.undisturbed():
                         saves.now(state, mine)
             except KeyboardInterrupt:
-                with stops.saving():
-                    if not stops.torn:
-                        saves.now(state, mine)
-                text = f"Stopped after {int(mine.sum())} of {len(mine)} batches. "
-                raise Interrupted(text + _way(checkpoint), stops.status) from None
+                _last_save(saves, stops, state, mine)
+                text = _stopped(todo, mine, checkpoint)
+                raise Interrupted(f"{text} {_way(checkpoint)}", stops.status) from None
             except Exception as error:
-                for _ in range(2):
-                    try:
-                        with stops.saving():
-                            if not stops.torn:
-                                saves.now(state, mine)
-                        break
-                    except RuntimeError as late:
-                        # torch tells of a dead decoder when its signal comes, be it in mid-save.
-                        if "DataLoader worker" not in str(late):
-                            raise
+                _last_save(saves, stops, state, mine)
                 told = self._told(error, checkpoint)
                 if told is None:
                     raise
                 raise told from error
+
+    @contextmanager
+    def _together(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Around what all processes do together, each having saved what it has done.
+
+        Raises:
+            VitprobeError: another one has ended.
+            Interrupted: on Ctrl-C.
+        """
+        # Who waits for a card hears no signal: there the system is to end the process itself.
+        with HeldBack(takes=self.device.type != "cuda") as stops:
+            try:
+                with stops.undisturbed():
+                    yield
+            except (KeyboardInterrupt, RuntimeError) as error:
+                # Who is asked to stop together with the others sees them end, too.
+                if stops.asked or isinstance(error, KeyboardInterrupt):
+                    raise Interrupted(f"Stopped. {_way(checkpoint)}", stops.status) from None
+                if memory.ran_out(error):
+                    raise
+                raise VitprobeError(
+                    f"Another process of this run has ended before it was done. {_way(checkpoint)}"
+                ) from error
 
     def _told(self, error: Exception, checkpoint: Checkpoint) -> VitprobeError | None:
         """What a user can do about an exception from the loop, where there is something."""
@@ -321,9 +330,36 @@ class Session:
                 )
 
 
+def _last_save(saves: Saves, stops: HeldBack, state: Sums, mine: np.ndarray) -> None:
+    """Save, unless the sums hold a part of a batch: then the last save stands."""
+    for _ in range(2):
+        try:
+            with stops.undisturbed():
+                if not stops.torn:
+                    saves.now(state, mine)
+            return
+        except RuntimeError as late:
+            # torch tells of a dead decoder, once, when its signal comes, be it in mid-save.
+            if "DataLoader worker" not in str(late):
+                raise
+
+
+def _stopped(todo: list[int], mine: np.ndarray, checkpoint: Checkpoint) -> str:
+    """How far a run, or this process of several, has come, and how much of that is saved."""
+    if processes.joined():
+        whose, done, count = f" of process {checkpoint.rank}", int(mine[todo].sum()), len(todo)
+    else:
+        whose, done, count = "", int(mine.sum()), len(mine)
+    lost = int(mine.sum()) - checkpoint.saved
+    but = f", the last {lost} of them not saved" if checkpoint.saved and lost else ""
+    return f"Stopped after {done} of {count} batches{whose}{but}."
+
+
 def _way(checkpoint: Checkpoint) -> str:
     """How to go on after a run that ended early."""
-    return "The same command goes on from there." if checkpoint.keeps else "Nothing is kept."
+    # One of several processes may have saved nothing yet where the others have.
+    kept = checkpoint.keeps if processes.joined() else checkpoint.saved
+    return "The same command goes on from there." if kept else "Nothing is kept."
 
 
 @contextmanager
