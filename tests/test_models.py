@@ -205,3 +205,9 @@ def test_wrapped_models_of_one_class_keep_their_own_transforms():
     with session(mine, pictures) as ready:
         dark, light = ready.example()
     assert dark.max() == 0 and light.min() == 1
+
+
+def test_a_caption_tells_pictures_from_how_often_they_were_seen():
+    assert load_model("vit_small_box").origin == "bundled, trained on 320,000 pictures"
+    little = load_model("vit_small_box_10pct").origin
+    assert little == "bundled, trained on 32,000 pictures, 10 times each"

@@ -227,8 +227,12 @@ def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: i
     if weights == "random":
         return replace(base, name=f"{name} (random)", origin=f"random (seed {seed})")
     if not weights:
-        seen = f"bundled, trained on {card['pictures_seen']:,} pictures"
-        return replace(base, origin=seen, details={"card": card})
+        seen, distinct = card["pictures_seen"], card["recipe"]["distinct_pictures"]
+        times = ""
+        if isinstance(distinct, int):
+            seen, times = distinct, f", {round(seen / distinct)} times each"
+        origin = f"bundled, trained on {seen:,} pictures{times}"
+        return replace(base, origin=origin, details={"card": card})
     path = Path(weights).expanduser()
     try:
         module.load_state_dict(read_state_dict(path))
