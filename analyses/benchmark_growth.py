@@ -22,6 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from benchmarking import machine, table
+from many_processes import launched
 
 from vitprobe import cka, load_model
 from vitprobe.core.running import Session
@@ -59,19 +60,7 @@ def loop_seconds(images: int, layers: Sequence[str]) -> float:
 
 def in_processes(count: int, layers: Sequence[str]) -> float:
     """The slowest process's loop of so many that share the images out."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id="growth",
-        start_method="fork",
-        max_restarts=0,
-    )
-    return max(elastic_launch(config, loop_seconds)(SOME_IMAGES, layers).values())
+    return max(launched(count, loop_seconds, "growth")(SOME_IMAGES, layers).values())
 
 
 def growth(

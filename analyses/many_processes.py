@@ -12,14 +12,20 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from kill_and_resume import MEASUREMENTS, arrays, command, difference, measure, start
 
 
-def run(name: str, out: Path, count: int) -> None:
-    """What ``torchrun`` does, but its processes begin with the libraries loaded."""
+def launched(count: int, work: Callable[..., Any], name: str) -> Callable[..., dict[int, Any]]:
+    """What ``torchrun`` does, but its processes begin with the libraries loaded.
+
+    Returns:
+        a function that calls ``work`` in so many processes and gives what each returned, by rank.
+    """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
@@ -32,7 +38,7 @@ def run(name: str, out: Path, count: int) -> None:
         start_method="fork",
         max_restarts=0,
     )
-    elastic_launch(config, measure)(name, command(name, out))
+    return elastic_launch(config, work)
 
 
 def main() -> None:
@@ -50,7 +56,7 @@ def main() -> None:
             print(f"{name:20}", end="", flush=True)
             for count in args.processes:
                 out = Path(folder) / str(count)
-                run(name, out, count)
+                launched(count, measure, name)(name, command(name, out))
                 apart = difference(arrays(out, name), arrays(alone, name))
                 print(f"{apart:10.1e}", end="", flush=True)
             print(flush=True)

@@ -13,18 +13,8 @@ from vitprobe.data.scenes import scenes
 ANALYSES = Path(__file__).parents[1] / "analyses"
 # In float32 torch 2.14 does not come back from the backward pass of 1 x 1 convolutions of so few
 # channels on a CPU with AVX2 alone; networks of the size that ships do come back.
-PRECISION = ["--precision", "bf16"]
-TINY = [
-    *PRECISION,
-    "--size",
-    "tiny",
-    "--batch-size",
-    "16",
-    "--pictures-seen",
-    "96",
-    "--log-every",
-    "2",
-]
+TINY = ["--precision", "bf16", "--size", "tiny", "--batch-size", "16"]
+TINY += ["--pictures-seen", "96", "--log-every", "2"]
 
 
 @pytest.fixture

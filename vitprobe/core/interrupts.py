@@ -82,7 +82,7 @@ class HeldBack:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Around a save; a signal that came meanwhile stops the run unless it is stopping."""
+        """Around what must not be cut off; a signal that came meanwhile stops the run after it."""
         stopping, self._holding = self.asked, True
         try:
             yield
