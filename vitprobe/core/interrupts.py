@@ -82,7 +82,7 @@ class HeldBack:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Around what must not be cut off; a signal that came meanwhile stops the run after it."""
+        """Around what must not be cut off; a signal then stops a run that is not stopping yet."""
         stopping, self._holding = self.asked, True
         try:
             yield
