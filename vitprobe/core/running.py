@@ -26,6 +26,7 @@ from vitprobe.core.devices import exact, prepared, resolve_device
 from vitprobe.core.errors import VitprobeError
 from vitprobe.core.images import BROKEN_FRACTION_ALLOWED, Images, open_images
 from vitprobe.core.interrupts import HeldBack, Interrupted
+from vitprobe.core.layout import channels_last
 from vitprobe.core.loading import Failure, TransformedImages, collate
 from vitprobe.core.models import Model, load_models
 from vitprobe.core.options import Options
@@ -56,6 +57,8 @@ class Session:
         self.device = resolve_device(options.device)
         self.batches = _batches(len(images), options.batch_size, at_least)
         self.broken: list[str] = []
+        # For each model, whether it gets its inputs so.
+        self.channels_last = [False] * len(models)
         self._dataset = TransformedImages(models, images)
 
     def example(self, count: int = 2) -> list[Tensor]:
@@ -298,10 +301,13 @@ class Session:
         if not columns:
             # Not one image of the batch could be read.
             return inputs
-        for model, group in zip(self.models, self._dataset.group_of_model):
+        groups = self._dataset.group_of_model
+        for model, group, last in zip(self.models, groups, self.channels_last):
             parameter = next(model.module.parameters(), None)
             dtype = parameter.dtype if parameter is not None else torch.float32
-            inputs.append(columns[group].to(self.device, dtype, non_blocking=True))
+            layout = torch.channels_last if last else torch.preserve_format
+            column = columns[group].to(self.device, dtype, non_blocking=True)
+            inputs.append(column.to(memory_format=layout))
         return inputs
 
     def _progress(self, total: int, rank: int) -> Any:
@@ -392,8 +398,13 @@ def session(
                 f"images as a float tensor (n, C, H, W)."
             )
     ready = Session(loaded, opened, options, at_least)
+    modules = [model.module for model in loaded]
     try:
-        with prepared([model.module for model in loaded], ready.device), exact(ready.device):
+        with (
+            prepared(modules, ready.device),
+            exact(ready.device),
+            channels_last(modules, ready.device, ready.example) as ready.channels_last,
+        ):
             yield ready
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
