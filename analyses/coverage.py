@@ -29,6 +29,7 @@ from typing import Any
 
 import timm
 import torch
+from benchmarking import table
 
 from vitprobe import (
     attention_distance,
@@ -287,11 +288,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "\n".join(reasons(rows, ABSENT)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def table(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:

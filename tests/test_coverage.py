@@ -29,6 +29,7 @@ def table():
         pytest.skip("the script is not part of the installed package")
     spec = importlib.util.spec_from_file_location("coverage_of_timm", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(SCRIPT.parent))  # where it finds what scripts share
     spec.loader.exec_module(module)
     return module
 
