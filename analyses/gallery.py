@@ -121,8 +121,8 @@ def deciding(line: Sequence[str]) -> list[str]:
 
 
 def command_of(result: Result) -> str:
-    """The command that makes a result, without its place, name and title."""
-    words = shlex.split(str(result.meta.get("command", "")))
+    """The command that makes a result, without its place, name, title and starting over."""
+    words = [w for w in shlex.split(str(result.meta.get("command", ""))) if w != "--fresh"]
     for option in ("--out", "--stem", "--title"):
         while option in words:
             at = words.index(option)
