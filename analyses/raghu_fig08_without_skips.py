@@ -17,6 +17,7 @@ if "vit_small_box_noskip3" in bundled_models():
         __doc__,
         __file__,
         skip_ablation,
+        note="trained on without them; the paper's networks are trained so from the start",
         models=["vit_small_box", "vit_small_box_noskip3"],
         trained_without=3,
         num_images=256,

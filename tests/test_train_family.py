@@ -73,6 +73,24 @@ def test_the_shipped_file_is_what_was_trained(family, tmp_path, monkeypatch):
         data.build(card)
 
 
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_a_network_starts_from_a_shipped_one(family, tmp_path, monkeypatch, pool):
+    monkeypatch.setattr(data, "_HERE", tmp_path)
+    monkeypatch.setattr(family, "TEST_PICTURES", 200)
+    run(family, tmp_path, "net", "--export")
+    shipped = data.build(data.load_card("net")).state_dict()
+    still = ["--learning-rate", "0", "--stop-after", "1"]
+    state, _ = run(
+        family, tmp_path, "other", "--start-from", "net", "--no-skip", "1", "--pool", pool, *still
+    )
+    begun, own = state["card"]["recipe"]["start"], state["module"]
+    assert begun.startswith("net after 96 pictures") and state["card"]["no_skip_block"] == 1
+    assert ("cls_token" in own) == ("class token" not in begun) == (pool == "cls")
+    torch.testing.assert_close(own["blocks.1.mlp.fc1.weight"], shipped["blocks.1.mlp.fc1.weight"])
+    rows = own["pos_embed"].shape[1]
+    torch.testing.assert_close(own["pos_embed"], shipped["pos_embed"][:, -rows:])
+
+
 def test_class_folders_take_the_place_of_scenes(family, tmp_path):
     from PIL import Image
 
