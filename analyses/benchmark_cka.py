@@ -5,8 +5,10 @@
     python analyses/benchmark_cka.py --device cuda --precision bf16
 
 Untrained timm models see the same random batch again and again, so neither decoding nor downloading
-counts. "Memory" is the peak of a process of its own above that of a process that only runs the
-forward passes. Start-up (finding the layers) happens once and stands apart.
+counts. The forward passes are those of the models as timm makes them; on a CPU vitprobe lays CNNs
+out channels last, so "x last" compares with passes of models and images laid out that way, too.
+"Memory" is the peak of a process of its own above that of a process that only runs the forward
+passes. Start-up (finding the layers) happens once and stands apart.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ VARIANTS = {
     SMALL: ("blocks", "all", "pytorch-cka", "torch-cka"),
 }
 WARM_UP = 2
-HEADER = ("pair", "what", "layers", "forward s", "batch s", "x forward", "memory GiB", "start-up s")
+HEADER = (
+    "pair", "what", "layers", "forward s", "batch s", "x forward", "x last", "memory GiB",
+    "start-up s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def _loader(images: Tensor) -> DataLoader:
 
 
 def timed(setting: Setting) -> dict[str, float]:
-    """Layers, seconds a batch without and with the measurement, their ratio, and start-up."""
+    """Layers, seconds a batch without and with the measurement, their ratios, and start-up."""
     models, bare = setting.models(), setting.models()  # Peers leave hooks on theirs.
     images = setting.images()
     on_device = images.to(setting.device)
@@ -128,6 +133,14 @@ def timed(setting: Setting) -> dict[str, float]:
             lambda: setting.forward(bare, on_device), work, setting.repeats, setting.device, WARM_UP
         )
         found.update(asdict(cost))
+        if setting.variant not in PEERS:
+            last = torch.channels_last
+            laid_out = [model.to(memory_format=last) for model in bare]
+            batch = on_device.contiguous(memory_format=last)
+            found["ratio_last"] = compare(
+                lambda: setting.forward(laid_out, batch),
+                work, setting.repeats, setting.device, WARM_UP,
+            ).ratio  # fmt: skip
 
     began = time.perf_counter()
     if setting.variant in PEERS:
@@ -183,9 +196,10 @@ def main() -> None:
                 continue
             setting = Setting(pair, variant, *common)
             t, memory = asked("timed", setting), asked("peak", setting) - alone
+            last = f"{t['ratio_last']:.2f}" if "ratio_last" in t else ""
             rows.append(
                 (pair, variant, str(t["layers"]), f"{t['bare_s']:.3f}", f"{t['work_s']:.3f}",
-                 f"{t['ratio']:.2f}", f"{memory:+.2f}", f"{t['start_s']:.1f}")
+                 f"{t['ratio']:.2f}", last, f"{memory:+.2f}", f"{t['start_s']:.1f}")
             )  # fmt: skip
             print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     text = f"{machine(args.device)}; {args.precision}, batches of {args.batch_size}, medians of "
