@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from vitprobe import cka
+from vitprobe import VitprobeError, cka
 from vitprobe.core.loading import TransformedImages
 
 # 12 batches of 4 pictures.
@@ -122,3 +122,12 @@ def test_killed_and_stopped_under_torchrun_other_numbers_of_processes_go_on(
         np.testing.assert_allclose(a["cka"], b["cka"], rtol=0, atol=1e-9)
         np.testing.assert_allclose(a["cka_se"], b["cka_se"], rtol=0, atol=1e-9)
     assert sorted(os.listdir(tmp_path / "out")) == ["x.npz", "x.png"]
+
+
+def test_a_number_of_processes_without_a_place_to_meet_is_told(tensors, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(VitprobeError, match="WORLD_SIZE is 2, but MASTER_ADDR and MASTER_PORT are"):
+        cka.measure("test_vit@random", tensors, image_size=32, device="cpu")

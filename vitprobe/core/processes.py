@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitprobe.core.errors import VitprobeError
+
 # A process that has done its share waits for the slowest one; torchrun sees to it that nobody
 # waits for a dead one, so the group itself need not give up.
 PATIENCE = timedelta(days=30)
+# What torchrun tells each process, beside their number, for them to meet.
+MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_main_process() -> bool:
@@ -46,12 +50,24 @@ def first_to_tell() -> bool:
 
 
 def join(device: torch.device) -> tuple[int, int]:
-    """(rank, world size), the process group begun; (0, 1) without ``torchrun``."""
+    """(rank, world size), the process group begun; (0, 1) without ``torchrun``.
+
+    Raises:
+        VitprobeError: several processes that have not been told how to find each other.
+    """
     import torch.distributed as dist
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1" or not dist.is_available():
         return 0, 1
     if not dist.is_initialized():
+        missing = [name for name in MEETING if name not in os.environ]
+        if missing:
+            raise VitprobeError(
+                f"WORLD_SIZE is {world}, but {' and '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not set: start several processes with "
+                "torchrun, or unset WORLD_SIZE for one."
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
