@@ -8,8 +8,9 @@ lowest layers; for each layer Spearman's ρ of the two over the subsets.
 
 Choices made: heads are sorted by their distance over all images, and a subset is a window of them,
 a quarter of the heads wide (at least one). The lowest layers are the CNN's first four
-of ``--layers``. CKA is summed over minibatches as in ``vitprobe.cka``, standard errors by the
-jackknife over batches; class and register tokens count for the CKA and not for the distance.
+of ``--layers``. CKA is summed over minibatches as in ``vitprobe.cka``, with standard errors by the
+jackknife over batches; those of ρ are the bootstrap's, since ranks jump. Class and register tokens
+count for the CKA and not for the distance.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ from vitprobe.core import cli, drawing
 from vitprobe.core.attention import AttentionMap, map_attention, observe
 from vitprobe.core.capture import capture
 from vitprobe.core.errors import VitprobeError
-from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
+from vitprobe.core.hsic import (
+    MAX_GROUPS,
+    MIN_BATCH,
+    bootstrap_error,
+    gram,
+    hsic,
+    jackknife,
+    normalise,
+)
 from vitprobe.core.layers import Layer, map_layers
 from vitprobe.core.results import Finding, Result, decide, plus_minus
 from vitprobe.core.running import Batch, Options, Session, session
@@ -54,7 +63,7 @@ class HeadSubsetsResult(Result):
         distance_px: (subsets,) mean attention distance in input pixels.
         heads: (subsets, heads of a subset) which heads.
         rho: (layers,) Spearman's ρ of ``cka`` with ``distance_px``.
-        rho_se: (layers,) jackknife standard error.
+        rho_se: (layers,) bootstrap standard error.
         layers: (layers,) names of the CNN's layers.
     """
 
@@ -202,7 +211,8 @@ def measure(
             return torch.tensor([_rho(row, of_subset) for row in values])
 
         cka, cka_error = jackknife(statistic, sums["hsic"], sums["used"])
-        rho, rho_error = jackknife(correlation, sums["hsic"], sums["used"])
+        rho = correlation(sums["hsic"].sum(0)).numpy()
+        rho_error = bootstrap_error(correlation, sums["hsic"], sums["used"])
         meta = ready.meta("head_subsets")
         meta["n"] = int(sums["seen"].sum())
         meta["replicates"] = int((sums["used"] > 0).sum())

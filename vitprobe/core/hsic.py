@@ -176,6 +176,35 @@ def jackknife(
     return value, np.sqrt(squares * (len(filled) - 1) / len(filled))
 
 
+def bootstrap_error(
+    statistic: Callable[[Tensor], Tensor], groups: Tensor, used: Tensor, draws: int = 400
+) -> np.ndarray:
+    """Standard error of a statistic of summed groups, by drawing groups with replacement.
+
+    For statistics that jump, such as ranks: the jackknife's errors are 0 wherever leaving out any
+    one group changes no rank, and too large elsewhere.
+
+    Args:
+        statistic: of a sum of groups.
+        groups: (g, ...) additive parts.
+        used: (g,) how many batches each holds; empty groups are not drawn.
+        draws: how many times as many groups are drawn; always the same ones.
+
+    Returns:
+        the standard error; NaN where fewer than two groups are used.
+    """
+    filled = groups[used > 0]
+    count = len(filled)
+    if count < 2:
+        return np.full_like(statistic(groups.sum(0)).cpu().numpy(), np.nan)
+    drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(0))
+    times = torch.nn.functional.one_hot(drawn, count).sum(1).to(groups)
+    sums = (times @ filled.flatten(1)).unflatten(1, groups.shape[1:])
+    values = np.stack([statistic(total).cpu().numpy() for total in sums])
+    # Groups drawn from k vary by (k - 1) / k of what groups from the whole would.
+    return values.std(0, ddof=1) * sqrt(count / (count - 1))
+
+
 def cka(x: Tensor, y: Tensor) -> float:
     """Linear CKA of two representations of the same images, debiased (one batch of all n).
 
