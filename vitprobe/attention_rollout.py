@@ -130,9 +130,9 @@ class AttentionRolloutResult(Result):
 
     def _overlay(self, ax: Any, index: int) -> None:
         picture, shown = self.of(index)
-        light = torch.from_numpy((shown - shown.min()) / (np.ptp(shown) or 1.0))
+        grid = torch.from_numpy((shown - shown.min()) / (np.ptp(shown) or 1.0))
         light = torch.nn.functional.interpolate(
-            light[None, None], size=picture.shape[:2], mode="bilinear"
+            grid[None, None], size=picture.shape[:2], mode="bilinear"
         )[0, 0].numpy()
         ax.imshow((picture * light[..., None]).round().astype(np.uint8))
         ax.set_axis_off()

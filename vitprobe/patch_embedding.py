@@ -108,7 +108,8 @@ class PatchEmbeddingResult(Result):
             count = len(self.models)
             figure = drawing.new_figure(4.4 * min(2, count), 3.1 * -(-count // 2) + 0.4)
             # Models must stand further apart than tiles.
-            figure.get_layout_engine().set(wspace=0.08, hspace=0.08)
+            engine: Any = figure.get_layout_engine()
+            engine.set(wspace=0.08, hspace=0.08)
             axes = figure.subplots(-(-count // 2), min(2, count), squeeze=False).ravel()
             for model, one in enumerate(axes):
                 if model < count:

@@ -118,8 +118,8 @@ class PositionEmbeddingResult(Result):
                 for one, table in zip(axes, shown):
                     image = self._grids(one, table)
                 figure.colorbar(image, ax=axes, label="cosine similarity", aspect=30)
-            for part, model in zip(list(parts)[lines:], biased):
-                one = figure.add_subplot(part)
+            for line, model in enumerate(biased, lines):
+                one = figure.add_subplot(parts[line])
                 image = self._biases(one, model)
                 figure.colorbar(image, ax=one, label="bias − its mean (logits)", aspect=25)
             drawing.caption(figure, drawing.provenance_line(self.meta))

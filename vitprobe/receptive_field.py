@@ -259,7 +259,7 @@ class ReceptiveFieldResult(Result):
                 )
             else:
                 claim = f"{name} is global by half depth, and its centre patch dominates"
-                verdict = combine([decided(*middle, GLOBAL_AREA), decided(*peak)])
+                verdict = combine([decided(middle[0], middle[1], GLOBAL_AREA), decided(*peak)])
                 numbers = (
                     f"{text} at half depth {plus_minus(*middle)} ({GLOBAL_AREA} asked); share of "
                     f"the centre patch minus the largest other's {plus_minus(*peak)}"
@@ -358,10 +358,9 @@ def measure(
         trends.append(trend)
     boxes = [box or [np.nan] * 4 for plan in plans for box in plan.boxes]
     owner = np.repeat(np.arange(len(plans)), [len(plan.sites) for plan in plans])
-    return ReceptiveFieldResult(
-        meta, *(np.concatenate(part) for part in parts), np.array(boxes, dtype=float),
-        *np.stack(trends, axis=1), np.array(labels), owner,
-    )  # fmt: skip
+    arrays = [np.concatenate(part) for part in parts]
+    arrays += [np.array(boxes, dtype=float), *np.stack(trends, axis=1), np.array(labels), owner]
+    return ReceptiveFieldResult(meta, *arrays)
 
 
 @dataclass(frozen=True)
@@ -438,7 +437,8 @@ def _step(ready: Session, batch: Batch, m: int, plan: _Plan, sums: Sums) -> None
 
     group = torch.from_numpy(batch.positions % GROUPS).to(by_image.device)
     for i, centre in enumerate(centres(model.module, plan.sites, forward)):
-        cotangents, total = plan.cotangents[i], 0
+        cotangents = plan.cotangents[i]
+        total: Any = 0
         for k, row in enumerate(rows_of_jacobian(centre, inputs, cotangents, max(1, together))):
             # (n, pixels), the mean over RGB.
             size = row.abs().mean(1).flatten(1)

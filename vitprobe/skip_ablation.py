@@ -168,14 +168,15 @@ class SkipAblationResult(Result):
         for panel in np.flatnonzero(self.block != ""):
             name, block = self.models[self.model_of_panel[panel]], self.block[panel]
             value, error = self.means[panel], self.means_se[panel]
+            loss, loss_se = self.loss[panel].tolist()
             found.append(
                 Finding(
                     f"without the skips of {block}, {self.meta['experiment']}, layers of {name} "
                     f"before and after it are no longer alike",
                     source,
-                    decide(*self.loss[panel].tolist(), COLLAPSE, self.meta.get("replicates")),
+                    decide(loss, loss_se, COLLAPSE, self.meta.get("replicates")),
                     f"mean CKA across the block {plus_minus(value[0], error[0])}, with skips "
-                    f"{plus_minus(value[2], error[2])}, loss {plus_minus(*self.loss[panel])} (more "
+                    f"{plus_minus(value[2], error[2])}, loss {plus_minus(loss, loss_se)} (more "
                     f"than {COLLAPSE} asked); within the sides {plus_minus(value[1], error[1])}, "
                     f"with skips {plus_minus(value[3], error[3])}",
                 )
@@ -289,7 +290,7 @@ def _panels(
         if block not in maps[1].modules or block in block_names(maps[1]):
             raise VitprobeError(f"{maps[1].model} was not trained without the skips of {block}.")
         return [intact[0], _Panel(1, maps[1], intact[1].layers, block, 0)]
-    panels = []
+    panels: list[_Panel] = []
     for panel in intact:
         base = len(panels)
         panels.append(panel)

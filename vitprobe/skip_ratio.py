@@ -128,8 +128,8 @@ class SkipRatioResult(Result):
             figure = drawing.new_figure(9, 4 + 2.9 * len(maps))
             grid = figure.add_gridspec(len(maps) + 2, 1, height_ratios=[2.9] * len(maps) + [0.4, 3])
             values = self._logs(maps)
-            for place, model in zip(grid, maps):
-                self._heat_maps(figure, place, model, values)
+            for line, model in enumerate(maps):
+                self._heat_maps(figure, grid[line], model, values)
             below = grid[len(maps) + 1].subgridspec(1, 2)
             ratio, cosine = (figure.add_subplot(below[0, i]) for i in (0, 1))
             self._lines(ratio, "ratio")
@@ -290,7 +290,8 @@ def measure(models: Any, images: Any = None, **options: Any) -> SkipRatioResult:
         meta["layouts"] = [plan.layout for plan in plans]
     zeros = sums["zeros"].cpu().numpy().astype(np.int64)
     kinds = np.array([kind for plan in plans for kind in plan.kinds])
-    return SkipRatioResult(meta, *moments, zeros, kinds, np.array(labels), owner)
+    arrays = [*moments, zeros, kinds, np.array(labels), owner]
+    return SkipRatioResult(meta, *arrays)
 
 
 @dataclass(frozen=True)
@@ -315,7 +316,9 @@ def _plan(ready: Session, m: int, example: Tensor) -> _Plan:
         )
     side = example.shape[-2], example.shape[-1]
     places = [find_places(layer, model.module, side) for layer in layers]
-    shapes = {layer.shape[:1] if len(layer.shape) == 2 else () for layer in layers}
+    shapes: set[tuple[int, ...]] = {
+        layer.shape[:1] if len(layer.shape) == 2 else () for layer in layers
+    }
     apart = len(shapes) == 1 and () not in shapes
     axes = [
         1 if place and place.form == CHANNELS_FIRST else -1 if place else _axis(layer, found)
@@ -340,11 +343,9 @@ def _kind(addition: Addition, modules: dict[str, nn.Module]) -> str:
     if addition.attends:
         return ATTENTION
     # Convolutions of one pixel are linear layers: some MLPs are made of them.
-    spatial = (
-        isinstance(modules[name], nn.Conv2d) and max(modules[name].kernel_size) > 1
-        for name in addition.branch_modules
-    )
-    return CONVOLUTION if any(spatial) else MLP
+    branch = (modules[name] for name in addition.branch_modules)
+    spatial = any(isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1 for part in branch)
+    return CONVOLUTION if spatial else MLP
 
 
 def _axis(layer: Layer, found: LayerMap) -> int:
@@ -366,8 +367,8 @@ def _step(ready: Session, inputs: Tensor, m: int, plan: _Plan, start: int, sums:
 
     def take(i: int, skip: Tensor, branch: Tensor) -> None:
         layer = plan.layers[i]
-        parts = norms_and_product(layer.by_image(skip), layer.by_image(branch), plan.axes[i])
-        parts = [part.flatten(1).to(sums["zeros"].device).double() for part in parts]
+        found = norms_and_product(layer.by_image(skip), layer.by_image(branch), plan.axes[i])
+        parts = [part.flatten(1).to(sums["zeros"].device).double() for part in found]
         if not torch.isfinite(torch.stack(parts)).all():
             raise VitprobeError(
                 f"The layer {layer.label} of {ready.models[m].name} is not finite; it is the "

@@ -107,7 +107,7 @@ def classify(
 def _in_parts(node: Node, fork: Node, nodes: list[Node]) -> bool:
     """Whether a node took in the fork as pieces of it only."""
     since = node.lineage >> fork.position + 1 << fork.position + 1
-    first = []
+    first: list[Node] = []
     for position in range(fork.position + 1, node.position + 1):
         one = nodes[position]
         from_fork = since >> position & 1 and one.descends(fork)

@@ -139,7 +139,7 @@ def _recognise(
     elif function is F.multi_head_attention_forward:
         asked = {**kwargs, "need_weights": True, "average_attn_weights": False}
         again, weights = function(*args, **asked)
-        if weights.ndim == 4:
+        if weights is not None and weights.ndim == 4:
             yield Operation(
                 None, args[0], args[1], map=weights, length_first=True, twice=(result[0], again)
             )

@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -185,7 +185,7 @@ class Saves:
         self._took = self._last - start
 
 
-def write_atomically(contents: dict[Path, Content]) -> None:
+def write_atomically(contents: Mapping[Path, Content]) -> None:
     """Write files whole or not at all, and let no reader see one half-written.
 
     All are written beside their places first and renamed together at the end. What a process

@@ -91,7 +91,7 @@ class _Fullest(TorchDispatchMode):
         self.held = self.most = 0
         self._storages = {tensor.untyped_storage()._cdata for tensor in known}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):

@@ -122,7 +122,8 @@ def _bias(module: nn.Module) -> Tensor | None:
     if hasattr(module, "cpb_mlp"):
         return _swin_v2_bias(module)
     if hasattr(module, "attention_bias_idxs"):  # LeViT and its kin
-        return module.attention_biases[:, module.attention_bias_idxs.long()]
+        levit: Any = module
+        return levit.attention_biases[:, levit.attention_bias_idxs.long()]
     for method in BIASES:
         if callable(getattr(module, method, None)):
             return getattr(module, method)()

@@ -66,12 +66,14 @@ class Session:
         found = []
         for position in range(len(self.images)):
             item = self._dataset[position]
-            if not isinstance(item, Failure):
+            if isinstance(item, Failure):
+                reason = item.reason
+            else:
                 found.append(item)
             if len(found) == count:
                 break
         if not found:
-            raise VitprobeError(f"No image of {self.images.source} can be read: {item.reason}")
+            raise VitprobeError(f"No image of {self.images.source} can be read: {reason}")
         while len(found) < count:
             found.append(found[-1])
         return self._to_models([torch.stack(column) for column in zip(*found)])

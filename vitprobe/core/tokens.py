@@ -35,6 +35,11 @@ def place_of(tensor: Any) -> Place:
     return getattr(tensor, "_vitprobe_place", None)
 
 
+def _places(value: Any) -> Tensor:
+    """The places of what must have some; whoever gets others meets an exception."""
+    return place_of(value)  # type: ignore[return-value]
+
+
 def put(tensor: Tensor, place: Tensor | str) -> None:
     """Say where a tensor stands."""
     if isinstance(place, Tensor) and place.shape != tensor.shape:
@@ -139,7 +144,7 @@ def _move(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Ten
 
 def _pad(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
     widths = args[1] if len(args) > 1 else kwargs["pad"]
-    return [F.pad(place_of(args[0]), tuple(widths), value=float("nan"))]
+    return [F.pad(_places(args[0]), tuple(widths), value=float("nan"))]
 
 
 def _unfold(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
@@ -147,12 +152,12 @@ def _unfold(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[T
         return _move(function, args, kwargs, found)
     asked = {**dict(zip(("input", "kernel_size", "dilation", "padding", "stride"), args)), **kwargs}
     rows, columns = _many(asked.pop("padding", 0), 2)
-    place = F.pad(place_of(asked.pop("input")), (columns, columns, rows, rows), value=float("nan"))
+    place = F.pad(_places(asked.pop("input")), (columns, columns, rows, rows), value=float("nan"))
     return [torch.complex(F.unfold(place.real, **asked), F.unfold(place.imag, **asked))]
 
 
 def _linear(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
-    place = place_of(args[0] if args else kwargs["input"])
+    place = _places(args[0] if args else kwargs["input"])
     return [_expanded(middle(place, -1), -1, found[0])]
 
 
@@ -168,15 +173,15 @@ def _product(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]
 
 def _attention(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
     """What attention puts out stands where its queries stand."""
-    place = place_of(args[0] if args else kwargs["query"])
-    if place is None:
+    query = args[0] if args else kwargs["query"]
+    if place_of(query) is None:
         return [_nowhere(tensor) for tensor in found]
-    places = [_expanded(middle(place, -1), -1, found[0])]
+    places: list[Any] = [_expanded(middle(_places(query), -1), -1, found[0])]
     return places + ["multi_head_attention_forward"] * (len(found) - 1)
 
 
 def _mean(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
-    place = place_of(args[0])
+    place = _places(args[0])
     axes = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
     if axes is None:
         return ["mean"]
@@ -206,7 +211,7 @@ def _slide(asked: Mapping[str, Any], kernel: Sequence[int], out: Tensor) -> Tens
 
     What a kernel puts out with its middle on padding stands nowhere.
     """
-    place = middle(place_of(asked["input"]), 1)
+    place = middle(_places(asked["input"]), 1)
     there = ~place.isnan()
     if not there.any():
         raise ValueError("a map that stands nowhere")
@@ -251,18 +256,19 @@ def _even(place: Tensor, there: Tensor, before: int, length: int) -> tuple[Tenso
 
 
 def _resample(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
-    place = middle(place_of(args[0]), 1).unsqueeze(1)
+    place = middle(_places(args[0]), 1).unsqueeze(1)
     real, imaginary = (function(part, *args[1:], **kwargs) for part in (place.real, place.imag))
     return [torch.complex(real, imaginary).expand(found[0].shape)]
 
 
 def _assign(target: Tensor, index: Any, value: Any) -> None:
     old, new = place_of(target), place_of(value)
-    if isinstance(old, str) or isinstance(new, str):
-        put(target, old if isinstance(old, str) else new)
+    lost = old if isinstance(old, str) else new
+    if isinstance(lost, str):
+        put(target, lost)
         return
-    place = _nowhere(target) if old is None else old.clone()
-    place[index] = _NOWHERE if new is None else new
+    place = _nowhere(target) if old is None else _places(target).clone()
+    place[index] = torch.tensor(_NOWHERE) if new is None else _places(value)
     put(target, place)
 
 
