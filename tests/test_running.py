@@ -264,11 +264,12 @@ def test_two_processes_agree_with_one(tmp_path):
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for count in (1, 2):
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone",
              f"--nproc-per-node={count}", str(script), str(tmp_path / str(count)), "0"],
-            check=True, env=environment, capture_output=True,
+            env=environment, capture_output=True, text=True,
         )  # fmt: skip
+        assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "1" / "result.npz") as a, np.load(tmp_path / "2" / "result.npz") as b:
         np.testing.assert_allclose(a["cka"], b["cka"], rtol=0, atol=1e-9)
         np.testing.assert_allclose(a["cka_se"], b["cka_se"], rtol=0, atol=1e-9)
