@@ -207,14 +207,16 @@ def test_a_result_comes_back_and_draws_the_same(tensors, tmp_path):
         assert set(file.files) == {"cka", "cka_se", "layers", "model_of_layer", "meta"}
 
 
-def test_findings_follow_the_numbers(tensors):
-    result = cka.measure([vit(), resnet()], tensors, batch_size=5)
+@pytest.mark.parametrize("order", [1, -1])
+def test_findings_follow_the_numbers(tensors, order):
+    result = cka.measure([vit(), resnet()][::order], tensors, batch_size=5)
     pair = dict(result.meta["pairs"][0])
     values = result.of("ResNet")
     third = len(values) // 3
     assert pair["cnn"][0] == pytest.approx(values[:third, -third:].mean())
     best = result.of("VisionTransformer", "ResNet")[:, : (len(values) + 1) // 2].argmax(0)
     assert pair["match_depth"][0] == pytest.approx(best.mean() / 5)
+    assert pair["match_depth"][1] > 0
     for spread, stages, verdict in [
         ([0.5, 0.01], [0.2, 0.01], HOLDS),
         ([0.05, 0.01], [0.2, 0.01], FAILS),

@@ -149,6 +149,15 @@ def test_cka(vit, images, seen):
     close(result.cka_se, error)
 
 
+def bootstrap(statistic):
+    """Standard errors over every way to draw three batches with replacement.
+
+    The package draws 200 times: its own errors are off by one part in 20 or so.
+    """
+    drawn = [statistic(list(parts)) for parts in product(PARTS, repeat=3)]
+    return np.std(drawn, axis=0) * np.sqrt(3 / 2)
+
+
 def test_attention_distance_and_rollout(vit, images, seen):
     place = [(PATCH * r, PATCH * c) for r in range(GRID) for c in range(GRID)]
     pixels = torch.tensor([[math.dist(a, b) for b in place] for a in place]).double()
@@ -187,9 +196,7 @@ def test_head_subsets(vit, images, seen):
     value, error = jackknife(statistic)
     close([*result.cka[0], result.rho[0]], value)
     close(result.cka_se[0], error[:-1])
-    # Every way to draw three batches with replacement; the package draws 400 times.
-    drawn = [statistic(list(parts))[-1] for parts in product(PARTS, repeat=3)]
-    assert result.rho_se[0] == pytest.approx(np.std(drawn) * np.sqrt(3 / 2), rel=0.1)
+    assert result.rho_se[0] == pytest.approx(bootstrap(statistic)[-1], rel=0.15)
     assert (np.diff(result.distance_px) > 0).all()
 
 
@@ -244,7 +251,8 @@ def test_localization(vit, images, seen):
     value, error = jackknife(statistic)
     close(result.cka.ravel(), value[:-2])
     close([result.contrast[0], result.peak_share[0]], value[-2:])
-    close([result.contrast_se[0], result.peak_share_se[0]], error[-2:])
+    close(result.contrast_se[0], error[-2])
+    assert result.peak_share_se[0] == pytest.approx(bootstrap(statistic)[-1], rel=0.15)
 
 
 def test_receptive_field(vit, images):

@@ -11,7 +11,8 @@ Choices made: the patches are the pixels as the model receives them, normalised,
 tokens' own shape, so patches of different models can differ in size; a border that the grid does
 not divide is left out on both sides. Maps of more than 16 locations a side are measured on a
 regular subset of locations, each with the patch around it. Unbiased minibatch CKA as in
-``vitprobe.cka``, in batches of at least 4; standard errors by the jackknife over groups of batches.
+``vitprobe.cka``, in batches of at least 4; standard errors by the jackknife over groups of batches,
+for the share of peaks by the bootstrap.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from vitprobe.core import cli, drawing
 from vitprobe.core.capture import capture
 from vitprobe.core.errors import VitprobeError
-from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, jackknife
+from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, bootstrap_error, jackknife
 from vitprobe.core.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
 from vitprobe.core.places import (
     CHANNELS_FIRST,
@@ -87,7 +88,7 @@ class LocalizationResult(Result):
         contrast: (L,) CKA with the own patch minus the mean with the others, over tokens.
         contrast_se: (L,) jackknife standard error; NaN with fewer than two batches.
         peak_share: (L,) share of interior tokens that peak at their own patch.
-        peak_share_se: (L,) jackknife standard error.
+        peak_share_se: (L,) bootstrap standard error.
     """
 
     cka: np.ndarray
@@ -363,16 +364,23 @@ def _arrays(grids: list[Places], sums: Sums) -> dict[str, np.ndarray]:
     maps, numbers = [], []
     for i, (rows, columns) in enumerate(sides.tolist()):
 
-        def statistic(total: Tensor, rows: int = rows, columns: int = columns) -> Tensor:
-            values = place_cka(total)
-            return torch.stack([contrast(values), peak_share(values, rows, columns)])
+        def share(total: Tensor, rows: int = rows, columns: int = columns) -> Tensor:
+            return peak_share(place_cka(total), rows, columns)
 
-        numbers.append(np.stack(jackknife(statistic, sums[f"hsic{i}"], sums["used"])))
-        values = place_cka(sums[f"hsic{i}"].sum(0)).cpu().numpy()
+        groups = sums[f"hsic{i}"]
+        values = place_cka(groups.sum(0))
+        # The place of a maximum jumps, so the jackknife will not do.
+        numbers.append(
+            [
+                *jackknife(lambda total: contrast(place_cka(total)), groups, sums["used"]),
+                peak_share(values, rows, columns).cpu().numpy(),
+                bootstrap_error(share, groups, sums["used"]),
+            ]
+        )
         padded = np.full((rows * columns, *sides.max(0)), np.nan, np.float32)
-        padded[:, :rows, :columns] = values.reshape(-1, rows, columns)
+        padded[:, :rows, :columns] = values.cpu().numpy().reshape(-1, rows, columns)
         maps.append(padded)
-    (contrasts, shares), (contrast_se, share_se) = np.transpose(numbers, (1, 2, 0))
+    contrasts, contrast_se, shares, share_se = np.transpose(numbers)
     return {
         "cka": np.concatenate(maps),
         "tokens": np.concatenate([np.indices(side).reshape(2, -1).T for side in sides]),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.core.hsic import jackknife, normalise
+from vitprobe.core.hsic import bootstrap_error, jackknife, normalise
 from vitprobe.core.layers import Layer
 from vitprobe.core.results import Finding, combine, decide, plain, plus_minus
 
@@ -43,28 +43,29 @@ def statistics(
     pairs = []
     for a in np.flatnonzero(has_attention).tolist():
         for b in np.flatnonzero(~np.array(has_attention)).tolist():
-            if min(len(rows[a]), len(rows[b])) < 3:
+            count = len(rows[a])
+            if min(count, len(rows[b])) < 3:
                 continue
+            both = torch.cat([rows[a], rows[b]]).to(sums["hsic"].device)
+            hsic = sums["hsic"][:, both[:, None], both]
 
-            def statistic(total: Tensor, a: int = a, b: int = b) -> Tensor:
+            def shares(total: Tensor, count: int = count, b: int = b) -> Tensor:
                 values = normalise(total).cpu()
-                vit, cnn = values[rows[a]][:, rows[a]], values[rows[b]][:, rows[b]]
-                cross = values[rows[a]][:, rows[b]]
+                vit, cnn = values[:count, :count], values[count:, count:]
                 first, second = _low_and_high(vit), _low_and_high(cnn)
-                return torch.stack(
-                    [first, second, first - second, _stage_split(cnn, stages[b]),
-                     _best_match_depth(cross), _late_gap(cross)]
-                )  # fmt: skip
+                split, late = _stage_split(cnn, stages[b]), _late_gap(values[:count, count:])
+                return torch.stack([first, second, first - second, split, late])
 
-            value, error = jackknife(statistic, sums["hsic"], sums["used"])
-            keys = ("vit", "cnn", "spread", "stages", "match_depth", "late")
-            pairs.append(
-                {
-                    "attention": names[a],
-                    "convolution": names[b],
-                    **{k: [plain(v), plain(e)] for k, v, e in zip(keys, value, error)},
-                }
-            )
+            def depth(total: Tensor, count: int = count) -> Tensor:
+                return _best_match_depth(normalise(total).cpu()[:count, count:])
+
+            value, error = jackknife(shares, hsic, sums["used"])
+            keys = ("vit", "cnn", "spread", "stages", "late")
+            found = {k: [plain(v), plain(e)] for k, v, e in zip(keys, value, error)}
+            # The place of a maximum jumps.
+            place, spread = depth(hsic.sum(0)), bootstrap_error(depth, hsic, sums["used"])
+            found["match_depth"] = [plain(float(place)), plain(float(spread))]
+            pairs.append({"attention": names[a], "convolution": names[b], **found})
     return pairs
 
 
