@@ -211,3 +211,7 @@ def test_a_caption_tells_pictures_from_how_often_they_were_seen():
     assert load_model("vit_small_box").origin == "bundled, trained on 320,000 pictures"
     little = load_model("vit_small_box_10pct").origin
     assert little == "bundled, trained on 32,000 pictures, 10 times each"
+    assert load_model("vit_gap_box").origin == (
+        "bundled, from vit_small_box after 96,000 pictures, without its class token, then trained "
+        "on 160,000 more"
+    )

@@ -227,12 +227,7 @@ def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: i
     if weights == "random":
         return replace(base, name=f"{name} (random)", origin=f"random (seed {seed})")
     if not weights:
-        seen, distinct = card["pictures_seen"], card["recipe"]["distinct_pictures"]
-        times = ""
-        if isinstance(distinct, int):
-            seen, times = distinct, f", {round(seen / distinct)} times each"
-        origin = f"bundled, trained on {seen:,} pictures{times}"
-        return replace(base, origin=origin, details={"card": card})
+        return replace(base, origin=_trained(card), details={"card": card})
     path = Path(weights).expanduser()
     try:
         module.load_state_dict(read_state_dict(path))
@@ -242,6 +237,19 @@ def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: i
         ) from error
     details: dict[str, Any] = {"file": path.name, "file_sha256": file_sha256(path)}
     return replace(base, origin=f"file {path.name}", details=details)
+
+
+def _trained(card: dict[str, Any]) -> str:
+    """What a bundled network has been trained on."""
+    recipe = card["recipe"]
+    count, distinct = card["pictures_seen"], recipe["distinct_pictures"]
+    times = ""
+    if isinstance(distinct, int):
+        count, times = distinct, f", {round(count / distinct)} times each"
+    start = recipe.get("start", "random weights")
+    if start == "random weights":
+        return f"bundled, trained on {count:,} pictures{times}"
+    return f"bundled, from {start}, then trained on {count:,} more{times}"
 
 
 def _eval_transform(size: tuple[int, int, int], mean: list[float], std: list[float]) -> Any:
