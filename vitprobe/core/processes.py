@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -71,6 +72,9 @@ def join(device: torch.device) -> tuple[int, int]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        # A group that is still there when Python ends aborts the process now and then: threads of
+        # its own are left running.
+        atexit.register(leave)
     return dist.get_rank(), dist.get_world_size()
 
 
