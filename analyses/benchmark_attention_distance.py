@@ -5,13 +5,14 @@
         --batch-size 4
 
 Untrained weights and random images: neither decoding nor downloading counts. Memory is the peak of
-a process of its own, above that of one that only makes the model.
+a process of its own, the median of five such, above that of one that only makes the model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from statistics import median
 
 import timm
 import torch
@@ -28,6 +29,8 @@ from benchmarking import (
 
 from vitprobe import attention_distance
 
+# Peaks of memory differ by a tenth from process to process.
+CHILDREN = 5
 HEADER = ("model", "forward s", "batch s", "x forward", "forward MiB", "batch MiB", "x memory")
 
 
@@ -64,7 +67,8 @@ def main() -> None:
         measure()
     given = ("--model", args.model, "--size", str(args.size), "--batch-size", str(len(images)))
     start, forward, distance = (
-        in_child(__file__, *given, "--child", what) for what in ("nothing", "forward", "distance")
+        median(in_child(__file__, *given, "--child", what) for _ in range(CHILDREN))
+        for what in ("nothing", "forward", "distance")
     )
     cost, more = costs[0], (distance - start) / (forward - start)
     row = (f"{args.model}, {args.size} px, batches of {len(images)}", f"{cost.bare_s:.2f}",
