@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitprobe import cka, load_model, localization, receptive_field, skip_ratio, wrap
+from vitprobe import cka, load_model, localization, skip_ratio, wrap
 from vitprobe.core import running
 from vitprobe.core.layout import channels_last
 from vitprobe.core.running import Options, session
@@ -62,6 +62,13 @@ def test_a_network_that_wants_its_own_layout_keeps_it(tensors):
     assert held(module) == before
 
 
+def test_a_measurement_can_do_without(tensors):
+    module = load_model("test_resnet@random").module
+    kernel = next(p for p in module.parameters() if p.ndim == 4)
+    with session(wrap(module), tensors, Options(device="cpu"), lay_out=False) as ready:
+        assert ready.example()[0].is_contiguous() and kernel.is_contiguous()
+
+
 def test_one_convolution_is_left_alone(tensors):
     assert inside(load_model("test_vit@random", 32).module, tensors) == (False, False)
 
@@ -102,7 +109,7 @@ def arrays(result):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_nfnet"])
-@pytest.mark.parametrize("measurement", [cka, skip_ratio, receptive_field, localization])
+@pytest.mark.parametrize("measurement", [cka, skip_ratio, localization])
 def test_the_numbers_are_those_of_the_other_layout(measurement, name, tensors, monkeypatch):
     def measured():
         images = tensors[:8].repeat_interleave(2, 2).repeat_interleave(2, 3)

@@ -325,7 +325,8 @@ def measure(
         there = NUM_IMAGES if images is None else len(open_images(images))
         num_images = min(NUM_IMAGES, there)
     settings = Options(num_images=num_images, batch_size=batch_size, **options)
-    with session(models, images, settings) as ready:
+    # Backward passes take as long channels last.
+    with session(models, images, settings, lay_out=False) as ready:
         with frozen([model.module for model in ready.models]):
             plans = []
             for m, example in enumerate(ready.example()):

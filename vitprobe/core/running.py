@@ -372,7 +372,12 @@ def _way(checkpoint: Checkpoint) -> str:
 
 @contextmanager
 def session(
-    models: Any, images: Any = None, options: Options | None = None, *, at_least: int = 1
+    models: Any,
+    images: Any = None,
+    options: Options | None = None,
+    *,
+    at_least: int = 1,
+    lay_out: bool = True,
 ) -> Iterator[Session]:
     """Models and images made ready; modules get back their modes and device at the end.
 
@@ -381,6 +386,7 @@ def session(
         images: see ``open_images``.
         options: defaults if None.
         at_least: images that the measurement needs in a batch.
+        lay_out: run convolutions in the layout in which their forward passes are fast.
 
     Raises:
         VitprobeError: fewer images than ``at_least``, or a model that has no transform for them.
@@ -405,8 +411,9 @@ def session(
         with (
             prepared(modules, ready.device),
             exact(ready.device),
-            channels_last(modules, ready.device, ready.example) as ready.channels_last,
+            channels_last(modules if lay_out else [], ready.device, ready.example) as taken,
         ):
+            ready.channels_last = taken or ready.channels_last
             yield ready
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
