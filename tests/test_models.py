@@ -213,5 +213,5 @@ def test_a_caption_tells_pictures_from_how_often_they_were_seen():
     assert little == "bundled, trained on 32,000 pictures, 10 times each"
     assert load_model("vit_gap_box").origin == (
         "bundled, from vit_small_box after 96,000 pictures, without its class token, then trained "
-        "on 160,000 more"
+        "on 160,000 pictures"
     )

@@ -247,9 +247,8 @@ def _trained(card: dict[str, Any]) -> str:
     if isinstance(distinct, int):
         count, times = distinct, f", {round(count / distinct)} times each"
     start = recipe.get("start", "random weights")
-    if start == "random weights":
-        return f"bundled, trained on {count:,} pictures{times}"
-    return f"bundled, from {start}, then trained on {count:,} more{times}"
+    begun = "" if start == "random weights" else f"from {start}, then "
+    return f"bundled, {begun}trained on {count:,} pictures{times}"
 
 
 def _eval_transform(size: tuple[int, int, int], mean: list[float], std: list[float]) -> Any:
