@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE))
 import gallery_index  # noqa: E402  (its folder is on the path only now)
 from gallery import FIGURES, Figure  # noqa: E402
 
-from vitprobe.core.cli import INTERRUPTED  # noqa: E402
+from vitprobe.cli import INTERRUPTED  # noqa: E402
 
 
 def scripts(patterns: Sequence[str] = ()) -> list[str]:

@@ -25,7 +25,7 @@ from benchmarking import machine, table
 from many_processes import launched
 
 from vitprobe import cka, load_model
-from vitprobe.core.running import Session
+from vitprobe.running.session import Session
 
 IMAGES, LAYERS, PROCESSES = (64, 256, 1024), (1, 15, 30, 60), (1, 2, 4)
 BATCH, PIXELS = 32, 64

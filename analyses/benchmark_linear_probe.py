@@ -33,11 +33,11 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from vitprobe import linear_probe
-from vitprobe.core import probes as core_probes
-from vitprobe.core.images import Images, open_images
-from vitprobe.core.probes import Probe
-from vitprobe.core.ridge import PENALTIES
-from vitprobe.core.running import Session
+from vitprobe.images.sources import Images, open_images
+from vitprobe.running import probes as core_probes
+from vitprobe.running.probes import Probe
+from vitprobe.running.session import Session
+from vitprobe.statistics.ridge import PENALTIES
 
 CLASSES, SHOTS, TOKENS, SIDE_PX = 10, 10, 196, 224
 # Tokens whose features are kept for scikit-learn: corner, about the centre, corner.

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import timm
 import torch
 
-from vitprobe.core.running import Batch, Session
+from vitprobe.running.session import Batch, Session
 
 README = Path(__file__).parents[1] / "README.md"
 

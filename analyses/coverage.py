@@ -44,11 +44,11 @@ from vitprobe import (
     skip_ablation,
     skip_ratio,
 )
-from vitprobe.core.attention import map_attention
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.images import open_images
-from vitprobe.core.layers import map_layers
-from vitprobe.core.models import Model, load_model
+from vitprobe.errors import VitprobeError
+from vitprobe.images.sources import open_images
+from vitprobe.models.loading import Model, load_model
+from vitprobe.tracing.attention import map_attention
+from vitprobe.tracing.layers import map_layers
 
 SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 IMAGES, BATCH = 8, 4

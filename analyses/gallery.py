@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from vitprobe._version import __version__
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.models import bundled_models
-from vitprobe.core.results import Result, load_result
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import bundled_models
+from vitprobe.results.result import Result, load_result
 
 FIGURES = Path(__file__).parents[1] / "figures"
 # Options with the number of their values that say how and where to, not what.

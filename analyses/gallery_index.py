@@ -8,8 +8,8 @@ from pathlib import Path
 
 from gallery import command_of
 
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.results import Result, load_result
+from vitprobe.errors import VitprobeError
+from vitprobe.results.result import Result, load_result
 
 INTRODUCTION = """\
 # Figures

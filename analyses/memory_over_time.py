@@ -24,7 +24,7 @@ import torch
 from benchmarking import in_child, table
 from kill_and_resume import MEASUREMENTS, command
 
-from vitprobe.core.running import Batch, Session
+from vitprobe.running.session import Batch, Session
 
 AFTER = (10, 25, 50, 75, 100)
 BATCH = 4

@@ -10,7 +10,7 @@ Nearest to the paper's, with IMAGENET a folder:
 from gallery import Figure
 
 from vitprobe import attention_distance
-from vitprobe.core.models import bundled_models
+from vitprobe.models.loading import bundled_models
 
 ALL = "vit_small_box"
 LITTLE = f"{ALL}_10pct"

@@ -9,7 +9,7 @@ The paper trains such networks; none of them is public. With your own:
 from gallery import Figure
 
 from vitprobe import skip_ablation
-from vitprobe.core.models import bundled_models
+from vitprobe.models.loading import bundled_models
 
 # Taking skips away from a trained network is another experiment than training without them.
 if "vit_small_box_noskip3" in bundled_models():

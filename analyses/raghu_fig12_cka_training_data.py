@@ -10,7 +10,7 @@ No such series of the paper is public. With your own, from little to much data:
 from gallery import Figure
 
 from vitprobe import cka
-from vitprobe.core.models import bundled_models
+from vitprobe.models.loading import bundled_models
 
 LITTLE = [n for n in ("vit_small_box", "resnet_box") if f"{n}_10pct" in bundled_models()]
 PAIRS = [model for name in LITTLE or ["resnet_box"] for model in (f"{name}_10pct", name)]

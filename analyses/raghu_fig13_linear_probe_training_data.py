@@ -9,7 +9,7 @@ No such series of the paper is public. With your own:
 from gallery import Figure
 
 from vitprobe import linear_probe
-from vitprobe.core.models import bundled_models
+from vitprobe.models.loading import bundled_models
 
 LITTLE = [n for n in ("vit_small_box", "resnet_box") if f"{n}_10pct" in bundled_models()]
 MODELS = [model for name in LITTLE or ["resnet_box"] for model in (f"{name}_10pct", name)]

@@ -11,9 +11,9 @@ from timm.models import nest
 from torch import nn
 from torch.nn import functional as F
 
-from vitprobe.core import attention as observer
-from vitprobe.core.attention import map_attention, observe
-from vitprobe.core.errors import VitprobeError
+from vitprobe.errors import VitprobeError
+from vitprobe.tracing import attention as observer
+from vitprobe.tracing.attention import map_attention, observe
 
 
 @pytest.fixture(autouse=True)

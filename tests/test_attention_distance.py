@@ -10,10 +10,10 @@ from torch import nn
 
 from vitprobe import attention_distance
 from vitprobe.attention_distance import measure, uniform_distance
-from vitprobe.core.attention import map_attention
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.models import wrap
-from vitprobe.core.results import FAILS, HOLDS, load_result
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import wrap
+from vitprobe.results.result import FAILS, HOLDS, load_result
+from vitprobe.tracing.attention import map_attention
 
 SHARP = 1e3
 

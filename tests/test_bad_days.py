@@ -16,11 +16,13 @@ from PIL import Image
 from torch import nn
 
 from vitprobe import VitprobeError, attention_distance, cka, open_images, wrap
-from vitprobe.core import memory, pictures
-from vitprobe.core.capture import capture
-from vitprobe.core.checkpoint import Checkpoint, UntilWritten, write_atomically
-from vitprobe.core.interrupts import Interrupted
-from vitprobe.core.running import Options, session
+from vitprobe.images import decoding as pictures
+from vitprobe.results.writing import write_atomically
+from vitprobe.running import memory
+from vitprobe.running.checkpoint import Checkpoint, UntilWritten
+from vitprobe.running.interrupts import Interrupted
+from vitprobe.running.session import Options, session
+from vitprobe.tracing.capture import capture
 
 
 def noise(height, width, seed=0):
@@ -238,7 +240,7 @@ def test_a_disk_that_fills_up_in_mid_run_costs_the_state_not_the_run(
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from vitprobe.core.checkpoint import *\n"
+        "import os, sys; from pathlib import Path; from vitprobe.results.writing import *\n"
         "write_atomically({Path(sys.argv[1]): lambda file: os.kill(os.getpid(), 9)})"
     )
     path = tmp_path / "result.npz"
@@ -251,7 +253,7 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
 def test_a_save_cut_off_leaves_nothing_after_the_run(tmp_path):
     # By another process of the run, and there is no later save in whose way it would be.
     code = (
-        "import os, sys; from pathlib import Path; from vitprobe.core import checkpoint\n"
+        "import os, sys; from pathlib import Path; from vitprobe.running import checkpoint\n"
         "checkpoint.np.savez = lambda *_, **__: os.kill(os.getpid(), 9)\n"
         "place = Path(sys.argv[1]) / '.x'\n"
         "checkpoint.Checkpoint(place, {'a': 1}, 3, 2).save({}, checkpoint.np.ones(3, bool))"
@@ -326,7 +328,7 @@ def test_memory_is_flat_over_a_hundred_batches():
     images = torch.randn(440, 3, 8, 8)
     with session(small(), images, Options(batch_size=4)) as ready:
         sums, alive = ready.sums(total=()), []
-        from vitprobe.core.layers import map_layers
+        from vitprobe.tracing.layers import map_layers
 
         layers = map_layers("net", ready.models[0].module, ready.example()[0]).choose("all")
 

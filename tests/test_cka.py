@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from vitprobe import VitprobeError, cka, load_result, wrap
-from vitprobe.core import vit_and_cnn
-from vitprobe.core.results import FAILS, HOLDS, OPEN, decide
+from vitprobe.papers import vit_and_cnn
+from vitprobe.results.result import FAILS, HOLDS, OPEN, decide
 
 
 def vit(seed=0):

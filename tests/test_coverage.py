@@ -16,8 +16,8 @@ from torch import nn
 
 import vitprobe
 from vitprobe import attention_distance, cka, receptive_field, skip_ratio
-from vitprobe.core.attention import map_attention
-from vitprobe.core.trace import record
+from vitprobe.tracing.attention import map_attention
+from vitprobe.tracing.trace import record
 
 SCRIPT = Path(__file__).parents[1] / "analyses" / "coverage.py"
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from vitprobe import data, load_result
-from vitprobe.core import drawing
-from vitprobe.core.models import bundled_models
+from vitprobe.models.loading import bundled_models
+from vitprobe.results import drawing
 
 ROOT = Path(__file__).parents[1]
 ANALYSES, FIGURES = ROOT / "analyses", ROOT / "figures"

@@ -9,12 +9,12 @@ import torch
 
 from vitprobe import head_subsets
 from vitprobe.attention_distance import measure as measure_distance
-from vitprobe.core.attention import map_attention, observe
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.hsic import cka, gram, hsic
-from vitprobe.core.models import wrap
-from vitprobe.core.results import load_result
+from vitprobe.errors import VitprobeError
 from vitprobe.head_subsets import measure, subset_cka, windows
+from vitprobe.models.loading import wrap
+from vitprobe.results.result import load_result
+from vitprobe.statistics.hsic import cka, gram, hsic
+from vitprobe.tracing.attention import map_attention, observe
 
 
 @pytest.fixture(scope="module")

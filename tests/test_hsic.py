@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from vitprobe.core.hsic import (
+from vitprobe.statistics.hsic import (
     biased_cka,
     bootstrap_error,
     centre,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vitprobe import VitprobeError, open_images
-from vitprobe.core.pictures import rgb
+from vitprobe.images.decoding import rgb
 
 
 def test_a_folder_is_searched_recursively_in_a_seeded_order(pictures):

@@ -5,9 +5,9 @@ import timm
 import torch
 from torch import nn
 
-from vitprobe.core.capture import capture
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.layers import map_layers
+from vitprobe.errors import VitprobeError
+from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import map_layers
 
 
 def mapped(module, size=32, **options):

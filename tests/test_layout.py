@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from vitprobe import cka, load_model, localization, skip_ratio, wrap
-from vitprobe.core import running
-from vitprobe.core.layout import channels_last
-from vitprobe.core.running import Options, session
+from vitprobe.running import session as running
+from vitprobe.running.layout import channels_last
+from vitprobe.running.session import Options, session
 
 CPU = torch.device("cpu")
 

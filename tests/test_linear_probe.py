@@ -12,14 +12,14 @@ from sklearn.linear_model import Ridge, RidgeCV
 from torch import nn
 
 from vitprobe import linear_probe
-from vitprobe.core import probes as core_probes
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.images import open_images
-from vitprobe.core.labelled import open_task
-from vitprobe.core.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS
-from vitprobe.core.probes import Probe, fit_probe, side_by_side
-from vitprobe.core.results import FAILS, HOLDS, load_result
-from vitprobe.core.ridge import (
+from vitprobe.errors import VitprobeError
+from vitprobe.images.labelled import open_task
+from vitprobe.images.sources import open_images
+from vitprobe.results.result import FAILS, HOLDS, load_result
+from vitprobe.running import probes as core_probes
+from vitprobe.running.probes import Probe, fit_probe, side_by_side
+from vitprobe.running.session import Interrupted
+from vitprobe.statistics.ridge import (
     PENALTIES,
     dual,
     dual_errors,
@@ -27,7 +27,7 @@ from vitprobe.core.ridge import (
     ridge,
     signed_targets,
 )
-from vitprobe.core.running import Interrupted
+from vitprobe.tracing.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS
 
 
 def problem(n, d, classes=3, seed=0, count=1):

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from vitprobe import localization
-from vitprobe.core import memory
-from vitprobe.core import place_hsic as estimator
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.hsic import gram, hsic
-from vitprobe.core.layers import map_layers
-from vitprobe.core.models import wrap
-from vitprobe.core.place_hsic import input_patches, place_cka, place_hsic
-from vitprobe.core.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS, find_places
-from vitprobe.core.results import FAILS, HOLDS, load_result
-from vitprobe.core.running import Interrupted
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import wrap
+from vitprobe.results.result import FAILS, HOLDS, load_result
+from vitprobe.running import memory
+from vitprobe.running.session import Interrupted
+from vitprobe.statistics import place_hsic as estimator
+from vitprobe.statistics.hsic import gram, hsic
+from vitprobe.statistics.place_hsic import input_patches, place_cka, place_hsic
+from vitprobe.tracing.layers import map_layers
+from vitprobe.tracing.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS, find_places
 
 
 class Copy(nn.Module):

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vitprobe import VitprobeError, cka, load_model, wrap
-from vitprobe.core import models
-from vitprobe.core.running import session
+from vitprobe.models import loading as models
+from vitprobe.running.session import session
 
 
 def saved(module, path, **changes):

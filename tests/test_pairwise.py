@@ -6,10 +6,10 @@ import timm
 import torch
 
 from vitprobe import cka
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.models import wrap
-from vitprobe.core.results import load_result
-from vitprobe.core.same_depth import in_pairs
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import wrap
+from vitprobe.papers.same_depth import in_pairs
+from vitprobe.results.result import load_result
 
 
 def network(name):

@@ -10,10 +10,10 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from vitprobe import patch_embedding
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.models import wrap
-from vitprobe.core.results import FAILS, HOLDS, load_result
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import wrap
 from vitprobe.patch_embedding import measure, principal_components, smoothness, stem_filters
+from vitprobe.results.result import FAILS, HOLDS, load_result
 
 
 def test_components_are_scikit_learns():

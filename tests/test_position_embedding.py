@@ -11,11 +11,11 @@ from timm.models import nest
 from torch import nn
 
 from vitprobe import position_embedding
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.models import wrap
-from vitprobe.core.positions import by_offset, find_table, resample
-from vitprobe.core.results import FAILS, HOLDS, load_result
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import wrap
 from vitprobe.position_embedding import axis_gain, decay, measure, similarity
+from vitprobe.results.result import FAILS, HOLDS, load_result
+from vitprobe.tracing.positions import by_offset, find_table, resample
 
 
 def with_table(table, prefix=1):

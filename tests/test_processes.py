@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vitprobe import VitprobeError, cka
-from vitprobe.core.loading import TransformedImages
+from vitprobe.running.loading import TransformedImages
 
 # 12 batches of 4 pictures.
 PICTURES, SIZE, BATCHES = 48, 4, 12
@@ -23,7 +23,7 @@ COMMAND = """
 import os, sys, time
 from pathlib import Path
 from vitprobe import cka
-from vitprobe.core.loading import TransformedImages
+from vitprobe.running.loading import TransformedImages
 folder, position = Path(sys.argv[1]), int(sys.argv[2])
 (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
 read = TransformedImages.__getitem__

@@ -12,13 +12,13 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from vitprobe import VitprobeError, cka, load_result, open_images, redraw
-from vitprobe.core.checkpoint import Checkpoint
-from vitprobe.core.cli import slug
-from vitprobe.core.hsic import gram, hsic, normalise, u_centre
-from vitprobe.core.memory import Forecast
-from vitprobe.core.moments import add_moments, mean_and_error, moment_shapes
-from vitprobe.core.pictures import rgb
-from vitprobe.core.results import FAILS, HOLDS, decide
+from vitprobe.cli import slug
+from vitprobe.images.decoding import rgb
+from vitprobe.results.result import FAILS, HOLDS, decide
+from vitprobe.running.checkpoint import Checkpoint
+from vitprobe.running.memory import Forecast
+from vitprobe.statistics.hsic import gram, hsic, normalise, u_centre
+from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 
 quick = settings(
     max_examples=40,

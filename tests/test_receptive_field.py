@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from vitprobe import receptive_field
-from vitprobe.core.centre_gradients import rows_of_jacobian
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.layers import map_layers
-from vitprobe.core.models import wrap
-from vitprobe.core.results import load_result
-from vitprobe.core.theoretical_field import theoretical_fields
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import wrap
+from vitprobe.results.result import load_result
+from vitprobe.tracing.centre_gradients import rows_of_jacobian
+from vitprobe.tracing.layers import map_layers
+from vitprobe.tracing.theoretical_field import theoretical_fields
 
 
 @pytest.fixture(autouse=True)

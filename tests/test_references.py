@@ -26,7 +26,7 @@ from vitprobe import (
     skip_ratio,
     wrap,
 )
-from vitprobe.core.images import Images, TensorSource
+from vitprobe.images.sources import Images, TensorSource
 
 N, BATCH, GRID, PATCH, HEADS, WIDTH = 18, 7, 4, 8, 4, 32
 PARTS = [slice(0, 6), slice(6, 12), slice(12, 18)]

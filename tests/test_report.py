@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitprobe import VitprobeError, cka, load_result, patch_embedding, report, skip_ratio
-from vitprobe.core import cli, drawing, report_panels
-from vitprobe.core.report_page import page
-from vitprobe.core.results import ANALYSES
-from vitprobe.core.tables import long_table
+from vitprobe import VitprobeError, cka, cli, load_result, patch_embedding, report, skip_ratio
+from vitprobe.report import panels as report_panels
+from vitprobe.report.page import page
+from vitprobe.results import drawing
+from vitprobe.results.result import ANALYSES
+from vitprobe.results.tables import long_table
 
 STEM = "report-test_vit-random-test_resnet-random"
 MODELS = ["--models", "test_vit@random", "test_resnet@random"]

@@ -10,10 +10,10 @@ from matplotlib.text import Text
 
 from vitprobe import attention_rollout
 from vitprobe.attention_rollout import Rollout, measure
-from vitprobe.core.attention import map_attention, observe
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.models import wrap
-from vitprobe.core.results import load_result
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import wrap
+from vitprobe.results.result import load_result
+from vitprobe.tracing.attention import map_attention, observe
 
 
 def whole(n):

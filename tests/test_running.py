@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from vitprobe import VitprobeError, cka, wrap
-from vitprobe.core import interrupts
-from vitprobe.core.checkpoint import Checkpoint
-from vitprobe.core.running import Interrupted, Options, session
+from vitprobe.running import interrupts
+from vitprobe.running.checkpoint import Checkpoint
+from vitprobe.running.session import Interrupted, Options, session
 
 
 def net():

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from vitprobe import skip_ablation
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.hsic import cka
-from vitprobe.core.models import wrap
-from vitprobe.core.results import load_result
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import wrap
+from vitprobe.results.result import load_result
+from vitprobe.statistics.hsic import cka
 
 
 class Block(nn.Module):

@@ -12,9 +12,9 @@ from timm.layers import DropPath, LayerScale
 from torch import nn
 
 from vitprobe import skip_ratio
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.models import wrap
-from vitprobe.core.results import load_result
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import wrap
+from vitprobe.results.result import load_result
 
 
 class Scaled(nn.Module):
@@ -222,7 +222,7 @@ def test_batches_of_any_size_and_a_resumed_run_agree(tensors, tmp_path, monkeypa
             signal.raise_signal(signal.SIGINT)
         real(*args)
 
-    from vitprobe.core.running import Interrupted
+    from vitprobe.running.session import Interrupted
 
     monkeypatch.setattr(skip_ratio, "_step", stops)
     options = {"batch_size": 3, "checkpoint": tmp_path / "state"}

@@ -11,10 +11,10 @@ import pytest
 from vitprobe import VitprobeError
 from vitprobe.attention_distance import AttentionDistanceResult
 from vitprobe.cka import CKAResult
-from vitprobe.core.results import ANALYSES
-from vitprobe.core.tables import long_table
 from vitprobe.localization import LocalizationResult
 from vitprobe.position_embedding import PositionEmbeddingResult
+from vitprobe.results.result import ANALYSES
+from vitprobe.results.tables import long_table
 from vitprobe.skip_ablation import SkipAblationResult
 
 META = {"models": [{"name": "vit, small"}, {"name": "cnn"}]}

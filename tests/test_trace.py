@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional as F
 
-from vitprobe.core.trace import AdditionHooks, record, unobserved
+from vitprobe.tracing.trace import AdditionHooks, record, unobserved
 
 
 @pytest.fixture(autouse=True)

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 from vitprobe._version import __version__
 
 if TYPE_CHECKING:
-    from vitprobe.core.errors import VitprobeError
-    from vitprobe.core.images import open_images
-    from vitprobe.core.models import Model, load_model, wrap
-    from vitprobe.core.results import Result, load_result
+    from vitprobe.errors import VitprobeError
+    from vitprobe.images.sources import open_images
+    from vitprobe.models.loading import Model, load_model, wrap
+    from vitprobe.results.result import Result, load_result
 
 _HOME = {
-    "load_model": "vitprobe.core.models",
-    "wrap": "vitprobe.core.models",
-    "Model": "vitprobe.core.models",
-    "open_images": "vitprobe.core.images",
-    "load_result": "vitprobe.core.results",
-    "Result": "vitprobe.core.results",
-    "VitprobeError": "vitprobe.core.errors",
+    "load_model": "vitprobe.models.loading",
+    "wrap": "vitprobe.models.loading",
+    "Model": "vitprobe.models.loading",
+    "open_images": "vitprobe.images.sources",
+    "load_result": "vitprobe.results.result",
+    "Result": "vitprobe.results.result",
+    "VitprobeError": "vitprobe.errors",
 }
 
 __all__ = [

@@ -9,14 +9,14 @@ from importlib import import_module
 from importlib.resources import files
 
 from vitprobe._version import __version__
-from vitprobe.core.errors import nearest
+from vitprobe.errors import nearest
 
 OTHERS = ("report", "redraw")
 
 
 def commands() -> dict[str, str]:
     """Name -> first line of its docstring, read without importing anything."""
-    from vitprobe.core.results import ANALYSES
+    from vitprobe.results.result import ANALYSES
 
     found = {}
     for name in (*ANALYSES, *OTHERS):

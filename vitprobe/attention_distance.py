@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.attention import AttentionLayer, AttentionMap, map_attention, observe
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.moments import add_moments, mean_and_error, moment_shapes
-from vitprobe.core.results import Finding, Result, combine, decide, plus_minus
-from vitprobe.core.running import Batch, Options, Session, session
+from vitprobe import cli
+from vitprobe.errors import VitprobeError
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.running.session import Batch, Options, Session, session
+from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
+from vitprobe.tracing.attention import AttentionLayer, AttentionMap, map_attention, observe
 
 # The papers say "local", "global" and "mostly global"; fractions of uniform attention are ours.
 LOCAL, GLOBAL = 0.5, 0.75
@@ -213,7 +214,7 @@ def measure(
             list.
         images: see ``open_images``; the bundled digit scenes by default.
         renormalise: divide each query's attention by what it gives to patches.
-        options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
+        options: fields of ``running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
 
     Raises:
         VitprobeError: a model without attention between places of the picture, or one whose tokens

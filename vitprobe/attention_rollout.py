@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.attention import AttentionMap, map_attention, observe
-from vitprobe.core.errors import NotApplicable
-from vitprobe.core.images import Images, open_images
-from vitprobe.core.models import Model, load_models
-from vitprobe.core.results import Result
-from vitprobe.core.running import Batch, Options, session
-from vitprobe.core.tables import Label
+from vitprobe import cli
+from vitprobe.errors import NotApplicable
+from vitprobe.images.sources import Images, open_images
+from vitprobe.models.loading import Model, load_models
+from vitprobe.results import drawing
+from vitprobe.results.result import Result
+from vitprobe.results.tables import Label
+from vitprobe.running.session import Batch, Options, session
+from vitprobe.tracing.attention import AttentionMap, map_attention, observe
 
 PICTURES, PHOTOGRAPH_SIDE = 4, 64
 # Maps in a figure.
@@ -52,7 +53,7 @@ class Rollout:
         self._mean = torch.empty(n, tokens, tokens, device=like.device)
 
     def update(self, i: int, block: Tensor, images: slice, queries: slice) -> None:
-        """Take in a block of attention; see ``core.attention.Reduce``."""
+        """Take in a block of attention; see ``tracing.attention.Reduce``."""
         self._mean[images, queries] = block[:, 0].mean(1).float()
         n, tokens, _ = self._mean.shape
         if images.stop == n and queries.stop == tokens:
@@ -148,7 +149,7 @@ def measure(models: Any, images: Any = None, **options: Any) -> AttentionRollout
         models: specs (``vit_b16``, ``NAME@random``, ``NAME@FILE``), modules or ``Model``; one or a
             list.
         images: see ``open_images``; scikit-learn's photographs or digit scenes by default.
-        options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
+        options: fields of ``running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
 
     Raises:
         VitprobeError: a model whose layers do not all attend among the same tokens (windows,

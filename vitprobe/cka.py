@@ -26,13 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.core import cli, drawing, same_depth, vit_and_cnn
-from vitprobe.core.capture import capture
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
-from vitprobe.core.layers import Layer, map_layers
-from vitprobe.core.results import Finding, Result
-from vitprobe.core.running import Batch, Options, Session, session
+from vitprobe import cli
+from vitprobe.errors import VitprobeError
+from vitprobe.papers import same_depth, vit_and_cnn
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result
+from vitprobe.running.session import Batch, Options, Session, session
+from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
+from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import Layer, map_layers
 
 # Letters of a title that fit over a panel.
 LONG_TITLE = 38
@@ -169,7 +171,7 @@ def measure(
             with wildcards.
         pairwise: the models come as A B A2 B2 ..., each pair of one depth; a model can be in
             several. The figure and findings are about the pairs.
-        options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
+        options: fields of ``running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
 
     Raises:
         VitprobeError: unknown models, images or layers; fewer than 4 images; activations that are

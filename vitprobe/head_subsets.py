@@ -25,11 +25,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.attention import AttentionMap, map_attention, observe
-from vitprobe.core.capture import capture
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.hsic import (
+from vitprobe import cli
+from vitprobe.errors import VitprobeError
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result, decide, plus_minus
+from vitprobe.running.session import Batch, Options, Session, session
+from vitprobe.statistics.hsic import (
     MAX_GROUPS,
     MIN_BATCH,
     bootstrap_error,
@@ -38,9 +39,9 @@ from vitprobe.core.hsic import (
     jackknife,
     normalise,
 )
-from vitprobe.core.layers import Layer, map_layers
-from vitprobe.core.results import Finding, Result, decide, plus_minus
-from vitprobe.core.running import Batch, Options, Session, session
+from vitprobe.tracing.attention import AttentionMap, map_attention, observe
+from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import Layer, map_layers
 
 LOWEST = 4
 # "Close to -1" is what the paper's figure shows; how close is ours.
@@ -138,7 +139,7 @@ def measure(
         models: two, a model with attention and then one without.
         images: see ``open_images``; the bundled digit scenes by default.
         layers: of the CNN; ``blocks``, ``paper``, ``all`` or names, the lowest four of them.
-        options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
+        options: fields of ``running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
 
     Raises:
         VitprobeError: not one model with attention and one without; too few images.

@@ -26,13 +26,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.labelled import open_task
-from vitprobe.core.models import load_models
-from vitprobe.core.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS, placed_layers
-from vitprobe.core.probes import READOUTS, TestCounts, fit_draw, side_by_side, test_probes
-from vitprobe.core.results import Finding, Result, combine, decide, plus_minus
-from vitprobe.core.running import Options, session
+from vitprobe import cli
+from vitprobe.images.labelled import open_task
+from vitprobe.models.loading import load_models
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.running.probes import READOUTS, TestCounts, fit_draw, side_by_side, test_probes
+from vitprobe.running.session import Options, session
+from vitprobe.tracing.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS, placed_layers
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
 # "Far better", in numbers.
@@ -257,7 +258,7 @@ def measure(
         shots: fitting images a class and draw.
         draws: seeded draws, disjoint where there are enough images.
         layers: ``blocks``, ``last``, or names with wildcards.
-        options: fields of ``core.running.Options``; ``num_images`` counts the test images.
+        options: fields of ``running.session.Options``; ``num_images`` counts the test images.
 
     Raises:
         VitprobeError: unknown models, images or layers; images without labels, too few of a class;
@@ -272,7 +273,8 @@ def measure(
     for number, draw in enumerate(task.draws):
         with session(loaded, draw, fitting) as ready:
             if number == 0:
-                placed, kinds = placed_layers(ready, layers)
+                with ready.autocast():
+                    placed, kinds = placed_layers(ready.models, ready.example(), layers)
             probes.append(fit_draw(ready, placed, len(task.classes)))
     joined = [side_by_side(list(layer)) for layer in zip(*probes)]
     with session(loaded, task.test, replace(asked, num_images=None)) as ready:

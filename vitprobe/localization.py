@@ -27,12 +27,16 @@ import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.capture import capture
-from vitprobe.core.errors import VitprobeError
-from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, bootstrap_error, jackknife
-from vitprobe.core.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
-from vitprobe.core.places import (
+from vitprobe import cli
+from vitprobe.errors import VitprobeError
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result, decide, plus_minus
+from vitprobe.results.tables import Label
+from vitprobe.running.session import Batch, Options, Session, Sums, session
+from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, bootstrap_error, jackknife
+from vitprobe.statistics.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
+from vitprobe.tracing.capture import capture
+from vitprobe.tracing.places import (
     CHANNELS_FIRST,
     CLASS_TOKEN,
     CONVOLUTION,
@@ -41,9 +45,6 @@ from vitprobe.core.places import (
     Places,
     placed_layers,
 )
-from vitprobe.core.results import Finding, Result, decide, plus_minus
-from vitprobe.core.running import Batch, Options, Session, Sums, session
-from vitprobe.core.tables import Label
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
 MAX_MAP_SIDE = 16
@@ -270,7 +271,7 @@ def measure(
         images: see ``open_images``; the bundled digit scenes by default.
         layers: ``last`` (the last block), ``blocks`` (all of them: contrast against depth), or
             names with wildcards.
-        options: fields of ``core.running.Options``.
+        options: fields of ``running.session.Options``.
 
     Raises:
         VitprobeError: unknown models, images or layers; a layer named that has no grid; fewer than
@@ -282,7 +283,8 @@ def measure(
                 f"CKA needs batches of at least {MIN_BATCH} images, not --batch-size "
                 f"{ready.options.batch_size}."
             )
-        placed, kinds = placed_layers(ready, layers)
+        with ready.autocast():
+            placed, kinds = placed_layers(ready.models, ready.example(), layers)
         grids = [one.places.thinned(MAX_MAP_SIDE) for one in placed]
         sums = _sums(ready, grids)
         groups = len(sums["used"])

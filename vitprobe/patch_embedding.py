@@ -20,12 +20,13 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.errors import NotApplicable, VitprobeError
-from vitprobe.core.models import Model, load_models
-from vitprobe.core.results import Finding, Result, decide
-from vitprobe.core.running import models_meta
-from vitprobe.core.tables import Label
+from vitprobe import cli
+from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.models.loading import Model, load_models
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result, decide
+from vitprobe.results.tables import Label
+from vitprobe.running.session import models_meta
 
 COMPONENTS, ROWS, COLUMNS = 28, 4, 7
 # White noise has a smoothness of 0 and a picture nearly 1; "smooth" is ours.

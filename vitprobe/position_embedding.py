@@ -23,13 +23,14 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.errors import NotApplicable, VitprobeError
-from vitprobe.core.models import load_models
-from vitprobe.core.positions import find_biases, find_table, resample
-from vitprobe.core.results import Finding, Result, decide
-from vitprobe.core.running import models_meta
-from vitprobe.core.tables import Label
+from vitprobe import cli
+from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.models.loading import load_models
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result, decide
+from vitprobe.results.tables import Label
+from vitprobe.running.session import models_meta
+from vitprobe.tracing.positions import find_biases, find_table, resample
 
 SHOWN_TILES, SHOWN_HEADS = 14, 8
 

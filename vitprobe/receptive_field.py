@@ -28,16 +28,17 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.centre_gradients import Site, centres, frozen, rows_of_jacobian
-from vitprobe.core.errors import NotApplicable, VitprobeError
-from vitprobe.core.hsic import jackknife
-from vitprobe.core.images import open_images
-from vitprobe.core.layers import map_layers
-from vitprobe.core.places import find_places
-from vitprobe.core.results import Finding, Result, combine, decide, plus_minus
-from vitprobe.core.running import Batch, Options, Session, Sums, session
-from vitprobe.core.theoretical_field import theoretical_fields
+from vitprobe import cli
+from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.images.sources import open_images
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.running.session import Batch, Options, Session, Sums, session
+from vitprobe.statistics.hsic import jackknife
+from vitprobe.tracing.centre_gradients import Site, centres, frozen, rows_of_jacobian
+from vitprobe.tracing.layers import map_layers
+from vitprobe.tracing.places import find_places
+from vitprobe.tracing.theoretical_field import theoretical_fields
 
 CHANNELS, NUM_IMAGES, BATCH_SIZE = 32, 32, 8
 GROUPS = 8
@@ -313,7 +314,7 @@ def measure(
         num_images: how many images; 32 by default, or as many as there are.
         batch_size: images a batch. The graph of one batch is in memory, and gradients of at most
             so many images are computed side by side.
-        options: further fields of ``core.running.Options``.
+        options: further fields of ``running.session.Options``.
 
     Raises:
         VitprobeError: unknown models, images or layers; no layer with places; gradients that are

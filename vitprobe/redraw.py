@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitprobe.core import cli
-from vitprobe.core.checkpoint import write_atomically
-from vitprobe.core.drawing import render
-from vitprobe.core.results import load_result
+from vitprobe import cli
+from vitprobe.results.drawing import render
+from vitprobe.results.result import load_result
+from vitprobe.results.writing import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,14 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.capture import capture
-from vitprobe.core.errors import NotApplicable, VitprobeError, nearest
-from vitprobe.core.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
-from vitprobe.core.layers import Layer, LayerMap, map_layers
-from vitprobe.core.results import Finding, Result, decide, plus_minus
-from vitprobe.core.running import Batch, Options, Session, session
-from vitprobe.core.trace import AdditionHooks
+from vitprobe import cli
+from vitprobe.errors import NotApplicable, VitprobeError, nearest
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result, decide, plus_minus
+from vitprobe.running.session import Batch, Options, Session, session
+from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
+from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import Layer, LayerMap, map_layers
+from vitprobe.tracing.trace import AdditionHooks
 
 # The paper's blocks 1, 7 and 10 of 12, as fractions of the depth.
 DEPTHS = (1 / 12, 7 / 12, 10 / 12)
@@ -218,7 +219,7 @@ def measure(
             -1 the last); about 1/12, 7/12 and 10/12 of the depth by default.
         trained_without: the block, by name or index, whose skips the second of two models was
             trained without. Nothing is removed then.
-        options: fields of ``core.running.Options``.
+        options: fields of ``running.session.Options``.
 
     Raises:
         VitprobeError: unknown models, images, layers or blocks; a second model that has skips in

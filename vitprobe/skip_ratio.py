@@ -6,7 +6,7 @@ The quantities: ‖z‖ / ‖f(z)‖ and cos(z, f(z)), z what the skip carries a
 adds, as they stand just before the addition: after layer scale, and z before it is normalised.
 Norms run over the channels of one token or one location, without unit.
 
-Choices made: every residual addition of the forward pass, told by its operations (``core.trace``);
+Choices made: every residual addition of the forward pass, told by its operations;
 z of a projection shortcut is what the projection gives. Models that have the same tokens at every
 addition keep them apart; for maps, and for tokens that change in number, the mean over locations.
 A branch that is exactly 0 has no ratio: such cases are left out of the means, counted, and hatched
@@ -26,14 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprobe.core import cli, drawing
-from vitprobe.core.errors import NotApplicable, VitprobeError
-from vitprobe.core.layers import Layer, LayerMap, map_layers
-from vitprobe.core.moments import add_moments, mean_and_error, moment_shapes
-from vitprobe.core.places import CHANNELS_FIRST, find_places
-from vitprobe.core.results import Finding, Result, combine, decide, plus_minus
-from vitprobe.core.running import Batch, Options, Session, Sums, session
-from vitprobe.core.trace import Addition, AdditionHooks
+from vitprobe import cli
+from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.results import drawing
+from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.running.session import Batch, Options, Session, Sums, session
+from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
+from vitprobe.tracing.layers import Layer, LayerMap, map_layers
+from vitprobe.tracing.places import CHANNELS_FIRST, find_places
+from vitprobe.tracing.trace import Addition, AdditionHooks
 
 ATTENTION, MLP, CONVOLUTION = "attention", "MLP", "convolution"
 # Values of one operand that are multiplied at a time.
@@ -269,7 +270,7 @@ def measure(models: Any, images: Any = None, **options: Any) -> SkipRatioResult:
     Args:
         models: specs, modules or ``Model``; one or a list.
         images: see ``open_images``; the bundled digit scenes by default.
-        options: fields of ``core.running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
+        options: fields of ``running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
 
     Raises:
         VitprobeError: unknown models or images; a model without residual additions; activations

@@ -1,0 +1,209 @@
+"""The options that every command shares, and how commands start, fail and end."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vitprobe.errors import VitprobeError
+from vitprobe.models.loading import bundled_models
+from vitprobe.results.result import FORMATS, Result
+from vitprobe.running import processes
+from vitprobe.running.checkpoint import UntilWritten
+from vitprobe.running.interrupts import HeldBack, Interrupted
+
+INTERRUPTED, FAILED = 130, 2
+GRACE_S = 1.0
+MAX_STEM = 120
+DEFAULT_OUT = "vitprobe-out"
+# What every command runs on when nothing is said; they come with vitprobe.
+DEFAULT_MODELS = ("vit_small_box", "resnet_box")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong argument gets one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def parser(name: str, doc: str | None, *, images: bool = True, layers: bool = True) -> Parser:
+    """A parser with the shared options; a measurement adds its own.
+
+    Args:
+        name: of the command.
+        doc: the module's docstring; its first line is the description.
+        images: whether the measurement looks at images.
+        layers: whether it measures a choice of layers.
+    """
+    result = Parser(
+        prog=f"python -m vitprobe.{name}",
+        description=(doc or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = result.add_argument
+    add("--models", nargs="+", metavar="M",
+        help="NAME, NAME@random or NAME@FILE; NAME is an alias (vit_b16), a bundled model or a "
+        "timm name")  # fmt: skip
+    if images:
+        add("--images", metavar="PATH",
+            help="folder, .tar, .npz, .npy or timm dataset name; the bundled digit scenes if left "
+            "out")  # fmt: skip
+        add("--num-images", type=int, metavar="N", help="how many, drawn by --seed")
+        add("--batch-size", type=int, default=32, metavar="B", help="images a batch (%(default)s)")
+        add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward passes")
+        add("--workers", type=int, metavar="W", help="processes that decode images")
+        add("--save-every", type=float, default=30.0, metavar="S",
+            help="seconds between two saves of an unfinished run (%(default)s)")  # fmt: skip
+        add("--fresh", action="store_true", help="start over instead of resuming")
+    if layers:
+        add("--layers", nargs="+", default=["blocks"], metavar="L",
+            help="blocks (default), paper, all, or names with wildcards")  # fmt: skip
+    add("--image-size", type=int, metavar="PX", help="for models that allow another than their own")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--seed", type=int, default=0, help="of choices and untrained weights (%(default)s)")
+    add_output(result)
+    return result
+
+
+def add_output(result: argparse.ArgumentParser) -> None:
+    """Where to, in which formats, how loud."""
+    add = result.add_argument
+    add("--out", type=Path, default=Path(DEFAULT_OUT), metavar="DIR", help="folder (%(default)s)")
+    add("--stem", metavar="NAME", help="file name without suffix")
+    add("--title", metavar="TEXT", help="over the figure, kept in the file")
+    add("--format", nargs="+", choices=FORMATS, default=["png"], help="of the figure")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def options(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The shared options as keyword arguments of ``measure``."""
+    shared = ("num_images", "batch_size", "image_size", "device", "precision", "seed", "workers",
+              "quiet", "save_every", "fresh")  # fmt: skip
+    chosen = {key: getattr(args, key) for key in shared if hasattr(args, key)}
+    args.kept = UntilWritten(args.out / f".{stem(args, name)}")
+    return {**chosen, "checkpoint": args.kept}
+
+
+def stem(args: argparse.Namespace, name: str) -> str:
+    """``--stem``, or ``NAME-MODEL-MODEL``."""
+    if args.stem:
+        return args.stem
+    full = "-".join([name, *(slug(model) for model in args.models or [])])
+    if len(full.encode()) <= MAX_STEM:
+        return full
+    # Many models: file systems end names at 255 bytes.
+    return f"{full[:100]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+
+
+def slug(spec: str) -> str:
+    """A model's name as part of a file name."""
+    name, _, weights = spec.partition("@")
+    if weights == "random":
+        name += "-random"
+    return re.sub(r"[^\w.+-]+", "_", name)[:60]
+
+
+def run(
+    result_parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    name: str,
+    measure: Callable[[argparse.Namespace], Result],
+    default_models: Sequence[str] = DEFAULT_MODELS,
+) -> int:
+    """Parse, measure, save, print the paths and findings; the exit status."""
+    args = result_parser.parse_args(argv)
+
+    def body() -> None:
+        args.models = args.models or [m for m in default_models if m in bundled_models()]
+        if not args.models:
+            raise VitprobeError("--models is needed: NAME, NAME@random or NAME@FILE.")
+        check_writable(args.out, stem(args, name))
+        result = measure(args)
+        processes.leave()
+        if args.title:
+            result.meta["title"] = args.title
+        if processes.is_main_process():
+            _write(result, args, stem(args, name))
+
+    return guarded(body, args.debug)
+
+
+def _write(result: Result, args: argparse.Namespace, name: str) -> None:
+    """Save, and only then give up the state that the result came from; print."""
+    kept: UntilWritten | None = getattr(args, "kept", None)
+    safe = kept is not None and kept.saved()
+    way = " The same command goes on from there." if safe else ""
+    try:
+        paths = result.save(args.out / name, args.format)
+    except VitprobeError as error:
+        raise VitprobeError(f"{error}{way}") from error
+    except KeyboardInterrupt:
+        raise Interrupted(f"Stopped before the result was written.{way}") from None
+    if kept is not None:
+        kept.written()
+    for path in paths:
+        print(path)
+    for finding in result.findings():
+        print(finding)
+
+
+def guarded(body: Callable[[], None], debug: bool = False) -> int:
+    """Call ``body``; what a user can put right becomes one line on stderr."""
+    try:
+        body()
+    except VitprobeError as error:
+        if debug:
+            traceback.print_exc()
+        _tell(str(error))
+        return FAILED
+    except Interrupted as stop:
+        _tell(str(stop))
+        return stop.status
+    except KeyboardInterrupt:
+        _tell("stopped")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout has left (head, less): nothing to tell it, and nothing went wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _tell(message: str) -> None:
+    """One line for the whole run, whichever process has it to say: torchrun then ends the others.
+
+    What all of them meet the first process tells.
+    """
+    who = "vitprobe"
+    with suppress(KeyboardInterrupt), HeldBack() as stops, stops.undisturbed():
+        if not processes.is_main_process():
+            who = f"vitprobe (process {os.environ['RANK']})"
+            time.sleep(GRACE_S)
+        if processes.first_to_tell():
+            print(f"{who}: {message}", file=sys.stderr)
+
+
+def check_writable(out: Path, stem: str) -> None:
+    """Fail before the work, not after it: no folder, no right to write, no such name."""
+    if Path(stem).name != stem:
+        raise VitprobeError(f"--stem is a file name without folders, not {stem!r}.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # As long as the longest name that is to come, that of a state being written.
+        probe = out / f".{stem}.{'-' * 50}{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise VitprobeError(f"{out / stem} cannot be written: {reason}.") from error

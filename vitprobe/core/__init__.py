@@ -1,1 +1,0 @@
-"""The ground floor: what every measurement stands on."""

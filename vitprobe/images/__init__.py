@@ -1,0 +1,1 @@
+"""From a folder, tar, array or dataset to the same images in the same order; labels; decoding."""

@@ -1,0 +1,85 @@
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from vitprobe.errors import VitprobeError
+
+Content = bytes | Callable[[IO[bytes]], Any]
+
+
+def write_atomically(contents: Mapping[Path, Content]) -> None:
+    """Write files whole or not at all, and let no reader see one half-written.
+
+    All are written beside their places first and renamed together at the end. What a process
+    that was killed in the middle has left beside them goes.
+
+    Args:
+        contents: for each path its bytes, or a function that writes them to a binary file.
+
+    Raises:
+        VitprobeError: a folder cannot be written or the disk is full.
+    """
+    temporaries: dict[Path, str] = {}
+    path = Path()
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent, f".{path.name}{of_this_machine()}")
+            handle, temporaries[path] = tempfile.mkstemp(
+                prefix=f".{path.name}{of_this_machine()}{os.getpid()}-",
+                suffix=".tmp",
+                dir=path.parent,
+            )
+            with os.fdopen(handle, "wb") as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
+                file.flush()
+                os.fsync(file.fileno())
+        # mkstemp's files are private; a result is as readable as any file of the user's.
+        mask = os.umask(0)
+        os.umask(mask)
+        for path, temporary in temporaries.items():
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise VitprobeError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        for temporary in temporaries.values():
+            Path(temporary).unlink(missing_ok=True)
+
+
+def of_this_machine() -> str:
+    """What the names of temporary files hold that processes of this machine have made."""
+    return f".{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}-"
+
+
+def sweep(folder: Path, start: str) -> None:
+    """Remove temporary files with such a start whose processes are no more."""
+    mark = of_this_machine()
+    for file in folder.iterdir():
+        if file.name.startswith(start) and file.name.endswith(".tmp") and mark in file.name:
+            process = file.name.rpartition(mark)[2].partition("-")[0]
+            if process.isdigit() and not _alive(int(process)):
+                file.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True

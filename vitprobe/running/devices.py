@@ -1,0 +1,58 @@
+"""Devices by name, and modules made ready on one and given back as they were."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprobe.errors import VitprobeError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` or a device by name."""
+    if name == "auto":
+        usual = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else usual
+    if name == "cuda":
+        # One of several processes takes the device of its number.
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise VitprobeError(f"The device {name!r} is not to be had on this machine.") from error
+    if device.type == "meta":
+        raise VitprobeError("The device 'meta' holds no numbers.")
+    return device
+
+
+@contextmanager
+def prepared(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Evaluation mode on a device; every module's own mode and device come back afterwards."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    homes = [next((t.device for t in _tensors(module)), None) for module in modules]
+    try:
+        for module in modules:
+            module.eval().to(device)
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for module, home in zip(modules, homes):
+            if home is not None and home != device:
+                module.to(home)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def exact(device: torch.device) -> AbstractContextManager[Any]:
+    """fp32 means fp32: cuDNN's convolutions would use TF32 by default."""
+    return torch.backends.cudnn.flags(allow_tf32=False) if device.type == "cuda" else nullcontext()

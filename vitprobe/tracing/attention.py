@@ -1,0 +1,187 @@
+"""The attention probabilities of any architecture, reduced on the spot.
+
+``map_attention`` finds a model's attention layers and the places of their tokens; within
+``observe`` every forward pass hands their probabilities to a function, block by block. No
+probability outlives its layer, and few exist at a time: 1,369 tokens cost no more than 197.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.tracing.attention_map import AttentionLayer, AttentionMap, map_attention
+from vitprobe.tracing.attention_operations import AttentionMode, Operation, joined
+
+__all__ = ["AttentionLayer", "AttentionMap", "map_attention", "observe"]
+
+# How far softmax(qk)v may be from what the layer put out, relative to its largest value.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Elements of a block of probabilities: near the caches of a CPU, few large launches elsewhere.
+_CPU_BLOCK, _DEVICE_BLOCK = 2**21, 2**25
+
+Reduce = Callable[[int, Tensor, slice, slice], None]
+"""``reduce(i, probabilities, images, queries)`` for layer i: float32 or float64 (images, groups,
+heads, queries, keys), and which images of the batch and which queries these are. The block must
+not be kept or changed."""
+
+
+@contextmanager
+def observe(
+    module: nn.Module,
+    attention: AttentionMap,
+    reduce: Reduce | None = None,
+    outputs: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Within it, every forward pass hands its attention to ``reduce``.
+
+    Args:
+        module: the model that ``attention`` is of, in evaluation mode.
+        attention: of ``map_attention`` on images of the same size.
+        reduce: gets every layer's probabilities, in order; a layer's blocks follow each other.
+        outputs: ``outputs(i, tensor)`` gets what layer i's heads put out, before heads are joined:
+            (images, groups, heads, queries, features).
+
+    Raises:
+        VitprobeError: the probabilities are not those that made the layer's output, or the pass
+            attends otherwise than the mapped one did. The hooks are gone afterwards.
+    """
+    observer = _Observer(attention, reduce, outputs)
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(observer.begin).remove)
+        stack.callback(module.register_forward_hook(observer.end).remove)
+        stack.enter_context(observer)
+        yield
+
+
+class _Observer(AttentionMode):
+    def __init__(
+        self,
+        attention: AttentionMap,
+        reduce: Reduce | None,
+        outputs: Callable[[int, Tensor], None] | None,
+    ) -> None:
+        super().__init__()
+        self.attention, self.reduce, self.outputs = attention, reduce, outputs
+        self.index = {layer.ordinal: i for i, layer in enumerate(attention.layers)}
+
+    def end(self, *_: Any) -> None:
+        self.running = False
+        if self.count != self.attention.operations:
+            raise VitprobeError(
+                f"{self.attention.model} attended {self.count} times in this pass, and "
+                f"{self.attention.operations} times when it was looked at first."
+            )
+
+    def attend(self, ordinal: int, operation: Operation) -> None:
+        i = self.index.get(ordinal)
+        if i is None:
+            return
+        layer = self.attention.layers[i]
+        device = operation.query.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            if self.outputs is not None:
+                if operation.out is None:
+                    raise NotApplicable(
+                        f"{layer.label} of {self.attention.model} does not show what each of its "
+                        f"heads puts out.",
+                        self.attention.model,
+                    )
+                self.outputs(i, layer.arrange(operation.out))
+            if self.reduce is not None:
+                for block, images, queries in self._blocks(layer, operation):
+                    self.reduce(i, block, images, queries)
+
+    def _blocks(
+        self, layer: AttentionLayer, operation: Operation
+    ) -> Iterator[tuple[Tensor, slice, slice]]:
+        shape = layer.queries.shape[1], layer.keys.shape[1]
+        probabilities = None
+        if operation.twice is not None:
+            out, again = operation.twice
+            self._check_output(layer, again, out)
+        if operation.map is not None:
+            probabilities = layer.arrange(operation.map)
+            n, found = len(probabilities), tuple(probabilities.shape[-2:])
+        else:
+            query = layer.arrange(operation.full(operation.query))
+            key = layer.arrange(operation.full(operation.key))
+            assert operation.value is not None and operation.out is not None
+            value = layer.arrange(operation.full(operation.value))
+            out = layer.arrange(operation.out)
+            mask = _mask(layer, operation, query.shape[-2], key.shape[-2])
+            n, found = len(query), (query.shape[-2], key.shape[-2])
+        if found != shape:
+            raise VitprobeError(
+                f"{layer.label} of {self.attention.model} has {found[0]} queries and {found[1]} "
+                f"keys in this pass, and had {shape[0]} and {shape[1]} when it was looked at first."
+            )
+        for images, queries in _slices(layer, n, operation.query.device.type):
+            if probabilities is not None:
+                block = _wide(probabilities[images, :, :, queries])
+                if operation.altered:
+                    self._check_rows(layer, block)
+            else:
+                rows = None if mask is None else mask[images, :, :, queries]
+                wide = None if rows is None or rows.dtype == torch.bool else _wide(rows)
+                block = joined(
+                    _wide(query[images, :, :, queries]), _wide(key[images]),
+                    rows if wide is None else wide, operation.scale,
+                )  # fmt: skip
+                self._check_output(layer, block @ _wide(value[images]), out[images, :, :, queries])
+            yield block, images, queries
+
+    def _check_output(self, layer: AttentionLayer, own: Tensor, out: Tensor) -> None:
+        """softmax(qk)v must be what the layer put out."""
+        allowed = _TOLERANCE[out.dtype] * max(1.0, float(out.abs().max()))
+        off = float((own - out).abs().max())
+        if off != off:
+            raise VitprobeError(
+                f"The attention of {layer.label} of {self.attention.model} is not finite; it is "
+                f"the first such layer."
+            )
+        if off > allowed:
+            raise VitprobeError(
+                f"The attention recomputed for {layer.label} of {self.attention.model} does not "
+                f"give what the layer put out: off by {off:.1e}, {allowed:.1e} allowed."
+            )
+
+    def _check_rows(self, layer: AttentionLayer, block: Tensor) -> None:
+        """A map that was changed after its softmax must still be one of probabilities."""
+        off = max(float((block.sum(-1) - 1).abs().max()), -float(block.min()))
+        if not off <= 1e-3:
+            raise NotApplicable(
+                f"{layer.label} of {self.attention.model} changes its attention after the softmax: "
+                f"the rows are no probabilities (off by {off:.1e}).",
+                self.attention.model,
+            )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _mask(layer: AttentionLayer, operation: Operation, queries: int, keys: int) -> Tensor | None:
+    mask = operation.mask
+    if operation.causal:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=operation.query.device).tril()
+    if mask is None:
+        return None
+    return layer.arrange(mask.expand(*operation.leading(), queries, keys))
+
+
+def _slices(layer: AttentionLayer, n: int, device: str) -> Iterator[tuple[slice, slice]]:
+    """Blocks of images and queries whose probabilities have few enough elements."""
+    budget = _CPU_BLOCK if device == "cpu" else _DEVICE_BLOCK
+    queries, keys = layer.queries.shape[1], layer.keys.shape[1]
+    per_query = layer.rows.size * keys
+    images = max(1, min(n, budget // (per_query * queries)))
+    rows = max(1, min(queries, budget // (per_query * images)))
+    for i in range(0, n, images):
+        for q in range(0, queries, rows):
+            yield slice(i, min(i + images, n)), slice(q, min(q + rows, queries))

@@ -1,0 +1,212 @@
+"""Which operations of a forward pass are attention, and what their probabilities are.
+
+``scaled_dot_product_attention``: the probabilities are recomputed from queries, keys, mask and
+scale, by blocks, and checked: times the values they must be what the operation put out.
+
+A product whose left operand is a softmax over its last axis: that operand, as it is when it meets
+the values. What is done to it before (a gated mix of two maps) is thereby included; rows that no
+longer are probabilities are an error.
+
+``torch.nn.MultiheadAttention`` gives its weights itself, on request, and with them must put out
+what it put out without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from vitprobe.tracing.tokens import place_of, put
+
+SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
+PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm}
+# Between a softmax and the values, these leave the map what it is.
+_KEEPING = (
+    "dropout contiguous to type_as float half bfloat16 clone reshape view flatten unflatten "
+    "squeeze unsqueeze"
+)
+_TURNING = ("transpose", "swapaxes", "permute", "get")
+
+
+@dataclass
+class Operation:
+    """An attention operation that has just run.
+
+    Attributes:
+        query, key, value: (..., tokens, features), as far as there are such tensors.
+        out: (..., queries, features of a head), or None where heads are joined already.
+        map: (..., queries, keys) of a product; None where it has to be recomputed.
+        altered: something was done to the map since its softmax.
+        mask, causal, scale, grouped: of ``scaled_dot_product_attention``.
+        softmax: the softmax that made the map, among those of the pass.
+        length_first: queries and keys are (length, images, features), heads side by side.
+        twice: what the module put out, and what it puts out when it also gives its weights.
+    """
+
+    out: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor | None = None
+    map: Tensor | None = None
+    altered: bool = False
+    softmax: int | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    scale: float = 1.0
+    grouped: bool = False
+    length_first: bool = False
+    twice: tuple[Tensor, Tensor] | None = None
+
+    def leading(self) -> tuple[int, ...]:
+        """The axes before (queries, keys): images, windows, heads."""
+        if self.map is not None:
+            return tuple(self.map.shape[:-2])
+        key = self.grown(self.key)
+        return tuple(torch.broadcast_shapes(self.query.shape[:-2], key.shape[:-2]))
+
+    def grown(self, tensor: Tensor) -> Tensor:
+        """Keys or values with as many heads as queries (grouped-query attention)."""
+        if not self.grouped:
+            return tensor
+        return tensor.repeat_interleave(self.query.shape[-3] // tensor.shape[-3], -3)
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """Keys, values, queries or a mask with all leading axes; a view where it can be."""
+        tensor = self.grown(tensor) if tensor is self.key or tensor is self.value else tensor
+        return tensor.expand(*self.leading(), *tensor.shape[-2:])
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """On a tensor that a softmax made."""
+
+    softmax: int
+    turned: bool = False
+    altered: bool = False
+
+
+class AttentionMode(TorchFunctionMode):
+    """Calls ``attend(ordinal, operation)`` at each attention operation of a pass under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.softmaxes = 0
+        self.running = False
+
+    def attend(self, ordinal: int, operation: Operation) -> None:
+        """What to do with an operation, the ``ordinal``-th of its pass."""
+        raise NotImplementedError
+
+    def note_softmax(self) -> None:
+        """A softmax that may become an attention operation."""
+
+    def perform(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The operation itself."""
+        return function(*args, **kwargs)
+
+    def begin(self, *_: Any) -> None:
+        """A pass begins; a forward pre-hook of the model."""
+        self.running, self.count, self.softmaxes = True, 0, 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = self.perform(function, args, kwargs)
+        if not self.running:
+            return result
+        if function in SOFTMAXES and _over_keys(args, kwargs, result):
+            result._vitprobe_softmax = _Tag(self.softmaxes)
+            self.softmaxes += 1
+            self.note_softmax()
+        for operation in _recognise(function, args, kwargs, result):
+            self.count += 1
+            self.attend(self.count - 1, operation)
+        return result
+
+
+def _recognise(
+    function: Any, args: tuple, kwargs: dict[str, Any], result: Any
+) -> Iterator[Operation]:
+    if function is F.scaled_dot_product_attention:
+        yield _fused(result, *args, **kwargs)
+    elif function is F.multi_head_attention_forward:
+        asked = {**kwargs, "need_weights": True, "average_attn_weights": False}
+        again, weights = function(*args, **asked)
+        if weights is not None and weights.ndim == 4:
+            yield Operation(
+                None, args[0], args[1], map=weights, length_first=True, twice=(result[0], again)
+            )
+    elif function in PRODUCTS:
+        left, right = args[0], args[1]
+        if (tag := _tag(left)) and not tag.turned:
+            yield Operation(result, left, right, right, left, tag.altered, tag.softmax)
+        elif (tag := _tag(right)) and tag.turned:
+            # values · mapᵀ: the same product, written the other way round.
+            map_, value = _turned(right), _turned(left)
+            yield Operation(result.mT, map_, value, value, map_, tag.altered, tag.softmax)
+    else:
+        _carry_tag(function, args, result)
+
+
+def _over_keys(args: tuple, kwargs: dict[str, Any], result: Tensor) -> bool:
+    axis = args[1] if len(args) > 1 else kwargs.get("dim")
+    return result.ndim >= 3 and axis in (-1, result.ndim - 1) and result.shape[-1] > 1
+
+
+def _fused(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Operation:  # fmt: skip
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return Operation(
+        out, query, key, value, mask=attn_mask, causal=is_causal, scale=factor, grouped=enable_gqa
+    )
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    turned, place = tensor.mT, place_of(tensor)
+    if isinstance(place, Tensor):
+        put(turned, place.mT)
+    return turned
+
+
+def _tag(value: Any) -> _Tag | None:
+    return getattr(value, "_vitprobe_softmax", None)
+
+
+def _carry_tag(function: Any, args: tuple, result: Any) -> None:
+    source = next((a for a in args if _tag(a)), None)
+    if source is None or not isinstance(result, Tensor):
+        return
+    tag, name = _tag(source), getattr(function, "__name__", "").strip("_")
+    assert tag is not None
+    same_end = result.shape[-2:] == source.shape[-2:]
+    if name in _TURNING:
+        there, here = source.stride()[-2:], result.stride()[-2:]
+        if here == there and same_end:
+            result._vitprobe_softmax = tag  # type: ignore[attr-defined]
+        elif here == there[::-1] and result.shape[-2:] == source.shape[-2:][::-1]:
+            result._vitprobe_softmax = _Tag(tag.softmax, not tag.turned, tag.altered)  # type: ignore[attr-defined]
+    elif name in _KEEPING.split():
+        if same_end:
+            result._vitprobe_softmax = tag  # type: ignore[attr-defined]
+    elif result.shape == source.shape:
+        result._vitprobe_softmax = _Tag(tag.softmax, tag.turned, True)  # type: ignore[attr-defined]
+
+
+def joined(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · query keyᵀ + mask) over the last axis; a row that is all masked out is 0."""
+    scores = (query * scale) @ key.mT
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
+    return (scores + mask).softmax(-1)
