@@ -18,19 +18,26 @@ two parts of one split tensor (Res2Net's scales), as neither is a function of th
 What fits them and is no skip stands in ``special_cases``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+from .observing import Observer, StandIn, observing
+
+ADDS: set[Callable] = {
+    torch.add,
+    Tensor.add,
+    Tensor.add_,
+    Tensor.__add__,
+    Tensor.__iadd__,
+    Tensor.__radd__,
+}
 _IN_PLACE = {Tensor.add_, Tensor.__iadd__}
-
-unobserved = torch._C.DisableTorchFunction
-"""``with unobserved():`` keeps the operations of other hooks out of a watched pass."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +136,21 @@ Before = Callable[[Tensor, Tensor], Tensor | None]
 After = Callable[[Tensor], Any]
 
 
-class AdditionHooks(TorchFunctionMode):
+class AdditionHooks(Observer):
     """Call back at chosen additions of ``module``'s forward passes, while in the ``with`` block.
 
     ``before[addition](skip, branch)`` runs just before the addition and may return a tensor
     to stand in for the sum: the branch for an ablated skip. ``after[addition](sum)`` gets
     the result. Tensors may be overwritten later in the pass: reduce or clone them at once.
+    Of several hooks around one pass all see the operands as the model gives them; the stand-in
+    of the last entered counts.
 
     Additions are found again by counting, so hooks of others that add tensors during the
     pass must do so ``with unobserved():``. Each complete pass is checked; ``RuntimeError``
     if it does not add as the recorded one did, or if no pass was complete.
     """
+
+    functions: Collection[Callable] | None = ADDS
 
     def __init__(
         self,
@@ -147,39 +158,32 @@ class AdditionHooks(TorchFunctionMode):
         before: Mapping[Addition, Before] | None = None,
         after: Mapping[Addition, After] | None = None,
     ):
-        super().__init__()
         before, after = before or {}, after or {}
         self._module = module
         self._asked = {
             addition.ordinal: (addition, before.get(addition), after.get(addition))
             for addition in (*before, *after)
         }
-        self._handles: list = []
+        self._stack = ExitStack()
         self._count = 0
-        self._running = self._complete = False
+        self._complete = False
+        self._after: After | None = None
 
     def __enter__(self) -> "AdditionHooks":
         self._complete = False
-        self._handles = [
-            self._module.register_forward_pre_hook(self._begin),
-            self._module.register_forward_hook(self._end),
-        ]
-        return super().__enter__()
+        self._stack.enter_context(observing(self._module, self))
+        return self
 
     def __exit__(self, exc_type, exc, traceback) -> None:
-        super().__exit__(exc_type, exc, traceback)
-        self._running = False
-        for handle in self._handles:
-            handle.remove()
+        self._stack.close()
         if exc_type is None and self._asked and not self._complete:
             names = ", ".join(sorted({_name(a) for a, *_ in self._asked.values()}))
             raise RuntimeError(f"no complete forward pass reached the additions of {names}")
 
-    def _begin(self, module: nn.Module, args: tuple) -> None:
-        self._count, self._running = 0, True
+    def begin(self) -> None:
+        self._count, self._after = 0, None
 
-    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._running = False
+    def end(self) -> None:
         for addition, *_ in self._asked.values():
             if self._count != addition.total:
                 raise RuntimeError(
@@ -188,53 +192,42 @@ class AdditionHooks(TorchFunctionMode):
                 )
         self._complete = True
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in ADDS and self._running and (pair := operands(args, kwargs or {})):
-            asked = self._asked.get(self._count)
-            self._count += 1
-            if asked is not None:
-                return _add(function, args, kwargs or {}, pair, *asked)
-        return function(*args, **kwargs) if kwargs else function(*args)
+    def before(self, function: Callable, args: tuple, kwargs: dict) -> StandIn | None:
+        pair = operands(args, kwargs)
+        if pair is None:
+            return None
+        asked = self._asked.get(self._count)
+        self._count += 1
+        if asked is None:
+            return None
+        addition, before, self._after = asked
+        shape = pair[addition.skip].shape
+        # The batch may differ; it need not be the first dimension.
+        differing = sum(a != b for a, b in zip(shape, addition.shape, strict=False))
+        if pair[0].shape != pair[1].shape or len(shape) != len(addition.shape) or differing > 1:
+            raise RuntimeError(
+                f"the residual addition of {_name(addition)} was recorded with shape "
+                f"{addition.shape}, now it adds {tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
+            )
+        if before is None:
+            return None
+        scaled = pair[0], pair[1] * kwargs["alpha"] if "alpha" in kwargs else pair[1]
+        instead = before(scaled[addition.skip], scaled[1 - addition.skip])
+        if instead is None:
+            return None
+        if instead.shape != shape:
+            raise ValueError(
+                f"the stand-in for the sum of {_name(addition)} has shape {tuple(instead.shape)}, "
+                f"not {tuple(shape)}"
+            )
+        if function in _IN_PLACE:
+            return partial(pair[0].copy_, instead)
+        return partial(instead.to, torch.result_type(*pair))
 
-
-def _add(
-    function: Callable,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    pair: tuple[Tensor, Tensor],
-    addition: Addition,
-    before: Before | None,
-    after: After | None,
-) -> Tensor:
-    shape = pair[addition.skip].shape
-    # The batch may differ; it need not be the first dimension.
-    differing = sum(a != b for a, b in zip(shape, addition.shape, strict=False))
-    if pair[0].shape != pair[1].shape or len(shape) != len(addition.shape) or differing > 1:
-        raise RuntimeError(
-            f"the residual addition of {_name(addition)} was recorded with shape "
-            f"{addition.shape}, now it adds {tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
-        )
-    # Operands as they were: what comes out instead must not depend on hooks' own tensors.
-    with unobserved():
-        instead = None
-        if before is not None:
-            scaled = pair[0], pair[1] * kwargs["alpha"] if "alpha" in kwargs else pair[1]
-            instead = before(scaled[addition.skip], scaled[1 - addition.skip])
-    if instead is None:
-        total = function(*args, **kwargs)
-    elif instead.shape != shape:
-        raise ValueError(
-            f"the stand-in for the sum of {_name(addition)} has shape {tuple(instead.shape)}, "
-            f"not {tuple(shape)}"
-        )
-    elif function in _IN_PLACE:
-        total = pair[0].copy_(instead)
-    else:
-        total = instead.to(torch.result_type(*pair))
-    if after is not None:
-        with unobserved():
-            after(total)
-    return total
+    def after(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
+        if self._after is not None:
+            after, self._after = self._after, None
+            after(result)
 
 
 def _name(addition: Addition) -> str:

@@ -8,15 +8,15 @@ probability outlives its layer, and few exist at a time: 1,369 tokens cost no mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.tracing.attention_map import AttentionLayer, AttentionMap, map_attention
-from vitprobe.tracing.attention_operations import AttentionMode, Operation, joined
+from vitprobe.tracing.attention_operations import AttentionObserver, Operation, joined
+from vitprobe.tracing.observing import observing
 
 __all__ = ["AttentionLayer", "AttentionMap", "map_attention", "observe"]
 
@@ -51,15 +51,11 @@ def observe(
         VitprobeError: the probabilities are not those that made the layer's output, or the pass
             attends otherwise than the mapped one did. The hooks are gone afterwards.
     """
-    observer = _Observer(attention, reduce, outputs)
-    with ExitStack() as stack:
-        stack.callback(module.register_forward_pre_hook(observer.begin).remove)
-        stack.callback(module.register_forward_hook(observer.end).remove)
-        stack.enter_context(observer)
+    with observing(module, _Observer(attention, reduce, outputs)):
         yield
 
 
-class _Observer(AttentionMode):
+class _Observer(AttentionObserver):
     def __init__(
         self,
         attention: AttentionMap,
@@ -70,8 +66,7 @@ class _Observer(AttentionMode):
         self.attention, self.reduce, self.outputs = attention, reduce, outputs
         self.index = {layer.ordinal: i for i, layer in enumerate(attention.layers)}
 
-    def end(self, *_: Any) -> None:
-        self.running = False
+    def end(self) -> None:
         if self.count != self.attention.operations:
             raise VitprobeError(
                 f"{self.attention.model} attended {self.count} times in this pass, and "

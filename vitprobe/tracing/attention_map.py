@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import NotApplicable
-from vitprobe.tracing.attention_operations import AttentionMode, Operation
+from vitprobe.tracing.attention_operations import AttentionObserver, Operation
+from vitprobe.tracing.observing import observing
 from vitprobe.tracing.special_cases import NO_PROBABILITIES
 from vitprobe.tracing.tokens import (
     IMAGE_STEP,
@@ -148,7 +149,7 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
     return AttentionMap(name, layers, left_out, len(mapper.found))
 
 
-class _Mapper(AttentionMode):
+class _Mapper(AttentionObserver):
     """Follows places through a pass, and notes the layout of each attention operation."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -170,15 +171,12 @@ class _Mapper(AttentionMode):
                 leave = child.register_forward_hook(left)
                 stack.callback(enter.remove)
                 stack.callback(leave.remove)
-            stack.enter_context(self)
-            self.begin()
+            stack.enter_context(observing(module, self))
             yield
 
-    def perform(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        result = function(*args, **kwargs)
-        if self.running:
-            follow(function, args, kwargs, result)
-        return result
+    def after(self, function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        follow(function, args, kwargs, result)
+        super().after(function, args, kwargs, result)
 
     def note_softmax(self) -> None:
         self.unused[self.softmaxes - 1] = self._label(), self._special_case()

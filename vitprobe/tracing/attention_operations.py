@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from vitprobe.tracing.observing import Observer
 from vitprobe.tracing.tokens import place_of, put
 
 SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
@@ -91,13 +91,11 @@ class _Tag:
     altered: bool = False
 
 
-class AttentionMode(TorchFunctionMode):
-    """Calls ``attend(ordinal, operation)`` at each attention operation of a pass under way."""
+class AttentionObserver(Observer):
+    """Calls ``attend(ordinal, operation)`` at each attention operation of a pass."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.count = self.softmaxes = 0
-        self.running = False
 
     def attend(self, ordinal: int, operation: Operation) -> None:
         """What to do with an operation, the ``ordinal``-th of its pass."""
@@ -106,21 +104,10 @@ class AttentionMode(TorchFunctionMode):
     def note_softmax(self) -> None:
         """A softmax that may become an attention operation."""
 
-    def perform(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The operation itself."""
-        return function(*args, **kwargs)
+    def begin(self) -> None:
+        self.count = self.softmaxes = 0
 
-    def begin(self, *_: Any) -> None:
-        """A pass begins; a forward pre-hook of the model."""
-        self.running, self.count, self.softmaxes = True, 0, 0
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = self.perform(function, args, kwargs)
-        if not self.running:
-            return result
+    def after(self, function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         if function in SOFTMAXES and _over_keys(args, kwargs, result):
             result._vitprobe_softmax = _Tag(self.softmaxes)
             self.softmaxes += 1
@@ -128,7 +115,6 @@ class AttentionMode(TorchFunctionMode):
         for operation in _recognise(function, args, kwargs, result):
             self.count += 1
             self.attend(self.count - 1, operation)
-        return result
 
 
 def _recognise(

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .additions import ADDS, Addition, AdditionHooks, Node, classify, operands, unobserved
+from .additions import ADDS, Addition, AdditionHooks, Node, classify, operands
+from .observing import unobserved
 from .special_cases import SUMS_OF_OPERATIONS
 
 __all__ = ["Addition", "AdditionHooks", "Call", "TensorInfo", "Trace", "record", "unobserved"]
