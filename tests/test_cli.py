@@ -33,7 +33,7 @@ def test_the_main_job_writes_its_files_and_prints_paths_and_findings(pictures, t
     stem = "cka-test_vit-random-test_resnet-random"
     assert {p.name for p in out.iterdir()} == {f"{stem}.{s}" for s in ("png", "pdf", "svg", "npz")}
     lines = done.stdout.splitlines()
-    assert lines[0] == str(out / f"{stem}.png") and "Raghu et al. 2021, Fig. 1" in lines[4]
+    assert lines[0] == str(out / f"{stem}.png") and lines[5] == "Raghu et al. 2021, Fig. 1"
     with np.load(out / f"{stem}.npz", allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
     assert meta["n"] == 12 and meta["batch_size"] == 6 and meta["seed"] == 0

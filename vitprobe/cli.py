@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import bundled_models
-from vitprobe.results.result import FORMATS, Result
+from vitprobe.results.printing import print_files, print_json
+from vitprobe.results.result import FORMATS, Finding, Result
 from vitprobe.running import processes
 from vitprobe.running.checkpoint import UntilWritten
 from vitprobe.running.interrupts import HeldBack, Interrupted
@@ -84,6 +85,7 @@ def add_output(result: argparse.ArgumentParser) -> None:
     add("--title", metavar="TEXT", help="over the figure, kept in the file")
     add("--format", nargs="+", choices=FORMATS, default=["png"], help="of the figure")
     add("--quiet", action="store_true", help="no progress bar")
+    add("--json", action="store_true", help="print the paths and findings as JSON")
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -124,6 +126,7 @@ def run(
 ) -> int:
     """Parse, measure, save, print the paths and findings; the exit status."""
     args = result_parser.parse_args(argv)
+    args.began = time.monotonic()
 
     def body() -> None:
         args.models = args.models or [m for m in default_models if m in bundled_models()]
@@ -153,10 +156,13 @@ def _write(result: Result, args: argparse.Namespace, name: str) -> None:
         raise Interrupted(f"Stopped before the result was written.{way}") from None
     if kept is not None:
         kept.written()
-    for path in paths:
-        print(path)
-    for finding in result.findings():
-        print(finding)
+    conclude(args, paths, result.findings())
+
+
+def conclude(args: argparse.Namespace, paths: Sequence[Path], findings: Sequence[Finding]) -> None:
+    """Print what was written and found; ``args.began`` is when the command did."""
+    told = print_json if args.json else print_files
+    told(paths, findings, time.monotonic() - args.began)
 
 
 def guarded(body: Callable[[], None], debug: bool = False) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from vitprobe import cli
 from vitprobe.results.drawing import render
-from vitprobe.results.result import load_result
+from vitprobe.results.result import Finding, load_result
 from vitprobe.results.writing import write_atomically
 
 
@@ -20,8 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A drawing goes beside its numbers unless it is sent elsewhere.
     parser.set_defaults(out=None)
     args = parser.parse_args(argv)
+    args.began = time.monotonic()
 
     def body() -> None:
+        paths: list[Path] = []
+        findings: list[Finding] = []
         for file in args.files:
             result = load_result(file)
             out = args.out or file.parent
@@ -32,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             figure = result.figure()
             drawn = {out / f"{stem}.{name}": render(figure, name) for name in args.format}
             write_atomically(drawn)
-            for path in drawn:
-                print(path)
-            for finding in result.findings():
-                print(finding)
+            paths += drawn
+            findings += result.findings()
+        cli.conclude(args, paths, findings)
 
     return cli.guarded(body, args.debug)
 

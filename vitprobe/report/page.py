@@ -140,7 +140,7 @@ def _tally(rows: Sequence[dict[str, str]]) -> str:
     count = Counter(row["kind"] for row in rows)
     return (
         f"Of {len(rows)} claims, {count['holds']} hold, {count['fails']} do not, and "
-        f"{count['open']} cannot be decided at this n."
+        f"{count['open']} are inconclusive."
     )
 
 

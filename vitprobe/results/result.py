@@ -26,7 +26,7 @@ from vitprobe.results.tables import Label, as_csv, as_dataframe, long_table
 from vitprobe.results.writing import write_atomically
 
 FORMATS = ("png", "pdf", "svg")
-HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this n"
+HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 # A claim is decided two standard errors away from its threshold, about 95 % of the time rightly:
 # as many as that takes by Student's t where the standard error itself comes of few replicates.
 DECISIVE_STANDARD_ERRORS = 2.0
@@ -53,17 +53,22 @@ class Finding:
     Attributes:
         claim: in one sentence.
         source: paper and figure.
-        verdict: ``holds``, ``does not hold`` or ``not decidable at this n``.
-        numbers: what decided it, with standard errors.
+        verdict: ``holds``, ``does not hold`` or ``inconclusive``.
+        numbers: what decided it, with standard errors; parts are set apart by semicolons.
+        brief: the claim in about five words, for tables.
+        over: the layers that decided it: ``12 and 16 blocks``.
     """
 
     claim: str
     source: str
     verdict: str
     numbers: str
+    brief: str = ""
+    over: str = ""
 
     def __str__(self) -> str:
-        return f"{self.verdict}: {self.claim} ({self.source}) [{self.numbers}]"
+        over = f"over {self.over}: " if self.over else ""
+        return f"{self.verdict}: {self.claim} ({self.source}) [{over}{self.numbers}]"
 
 
 def plain(value: float) -> float | None:
