@@ -24,7 +24,7 @@ FIGURES = Path(__file__).parents[1] / "figures"
 MANNERS = {"--out": 1, "--device": 1, "--workers": 1, "--save-every": 1}
 MANNERS |= {"--fresh": 0, "--quiet": 0, "--debug": 0}
 # Arguments that hold for a figure's own models only.
-OF_THE_MODELS = ("models", "pairwise", "trained_without")
+OF_THE_MODELS = ("models", "names", "pairwise", "trained_without")
 
 
 class Figure:

@@ -157,7 +157,7 @@ def measure(models: Any, images: Any = None, **options: Any) -> AttentionRollout
     """
     count = options.pop("num_images", None)
     asked = Options(**options)
-    loaded = load_models(models, asked.image_size, asked.seed)
+    loaded = load_models(models, asked.image_size, asked.seed, asked.names)
     with session(loaded, _pictures(loaded, images, count, asked.seed), asked) as ready:
         maps = [
             _one_set_of_tokens(map_attention(model.name, model.module, example))

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import bundled_models
+from vitprobe.models.names import label
 from vitprobe.results.printing import print_files, print_json
 from vitprobe.results.result import FORMATS, Finding, Result
 from vitprobe.running import processes
@@ -56,6 +57,7 @@ def parser(name: str, doc: str | None, *, images: bool = True, layers: bool = Tr
     add("--models", nargs="+", metavar="M",
         help="NAME, NAME@random or NAME@FILE; NAME is an alias (vit_b16), a bundled model or a "
         "timm name")  # fmt: skip
+    add("--names", nargs="+", metavar="A", help="what figures call the models, one for each")
     if images:
         add("--images", metavar="PATH",
             help="folder, .tar, .npz, .npy or timm dataset name; the bundled digit scenes if left "
@@ -91,8 +93,8 @@ def add_output(result: argparse.ArgumentParser) -> None:
 
 def options(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """The shared options as keyword arguments of ``measure``."""
-    shared = ("num_images", "batch_size", "image_size", "device", "precision", "seed", "workers",
-              "quiet", "save_every", "fresh")  # fmt: skip
+    shared = ("names", "num_images", "batch_size", "image_size", "device", "precision", "seed",
+              "workers", "quiet", "save_every", "fresh")  # fmt: skip
     chosen = {key: getattr(args, key) for key in shared if hasattr(args, key)}
     args.kept = UntilWritten(args.out / f".{stem(args, name)}")
     return {**chosen, "checkpoint": args.kept}
@@ -102,7 +104,9 @@ def stem(args: argparse.Namespace, name: str) -> str:
     """``--stem``, or ``NAME-MODEL-MODEL``."""
     if args.stem:
         return args.stem
-    full = "-".join([name, *(slug(model) for model in args.models or [])])
+    # A name is no spec, though it may hold an "@".
+    models = list(map(as_word, args.names)) if args.names else list(map(slug, args.models or []))
+    full = "-".join([name, *models])
     if len(full.encode()) <= MAX_STEM:
         return full
     # Many models: file systems end names at 255 bytes.
@@ -112,9 +116,12 @@ def stem(args: argparse.Namespace, name: str) -> str:
 def slug(spec: str) -> str:
     """A model's name as part of a file name."""
     name, _, weights = spec.partition("@")
-    if weights == "random":
-        name += "-random"
-    return re.sub(r"[^\w.+-]+", "_", name)[:60]
+    return as_word(f"{name}-random" if weights == "random" else label(spec))
+
+
+def as_word(text: str) -> str:
+    """A text as part of a file name."""
+    return re.sub(r"[^\w.+-]+", "_", text)[:60].strip("_") or "_"
 
 
 def run(

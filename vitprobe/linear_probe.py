@@ -265,7 +265,7 @@ def measure(
             activations that are not finite.
     """
     asked = Options(**options)
-    loaded = load_models(models, asked.image_size, asked.seed)
+    loaded = load_models(models, asked.image_size, asked.seed, asked.names)
     task = open_task(images, test_images, shots, draws, asked.num_images, asked.seed)
     # The fitting passes are short: only the test pass leaves a state to go on from.
     fitting = replace(asked, num_images=None, checkpoint=None)

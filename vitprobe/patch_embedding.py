@@ -163,19 +163,26 @@ class PatchEmbeddingResult(Result):
 RESULT = PatchEmbeddingResult
 
 
-def measure(models: Any, *, image_size: int | None = None, seed: int = 0) -> PatchEmbeddingResult:
+def measure(
+    models: Any,
+    *,
+    names: str | Sequence[str] | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> PatchEmbeddingResult:
     """Principal components of the stem filters of one model or several.
 
     Args:
         models: specs (``vit_b16``, ``NAME@random``, ``NAME@FILE``), modules or ``Model``; one or a
             list.
+        names: what figures call them, one for each.
         image_size: side in pixels for models that allow another one than their own.
         seed: of untrained weights.
 
     Raises:
         VitprobeError: a model without a filter that looks at pixels.
     """
-    loaded = load_models(models, image_size, seed)
+    loaded = load_models(models, image_size, seed, names)
     meta = models_meta("patch_embedding", loaded, seed)
     meta["stems"], tiles, ratios = [], [], []
     for model in loaded:
@@ -236,7 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser,
         argv,
         "patch_embedding",
-        lambda args: measure(args.models, image_size=args.image_size, seed=args.seed),
+        lambda args: measure(
+            args.models, names=args.names, image_size=args.image_size, seed=args.seed
+        ),
     )
 
 

@@ -266,7 +266,12 @@ RESULT = PositionEmbeddingResult
 
 
 def measure(
-    models: Any, *, grid: Sequence[int] | None = None, image_size: int | None = None, seed: int = 0
+    models: Any,
+    *,
+    grid: Sequence[int] | None = None,
+    names: str | Sequence[str] | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
 ) -> PositionEmbeddingResult:
     """Similarities of the position embeddings of one model or several, and their biases.
 
@@ -274,6 +279,7 @@ def measure(
         models: specs (``vit_b16``, ``NAME@random``, ``NAME@FILE``), modules or ``Model``; one or a
             list.
         grid: (rows, columns) of another resolution, for a second table of each model.
+        names: what figures call them, one for each.
         image_size: side in pixels for models that allow another one than their own.
         seed: of untrained weights.
 
@@ -282,7 +288,7 @@ def measure(
     """
     if grid is not None and (len(grid) != 2 or min(grid) < 1):
         raise VitprobeError(f"--grid is two numbers of at least 1, not {list(grid)}.")
-    loaded = load_models(models, image_size, seed)
+    loaded = load_models(models, image_size, seed, names)
     tables, biases, meta = [], [], models_meta("position_embedding", loaded, seed)
     meta["tables"] = []
     for i, model in enumerate(loaded):
@@ -342,7 +348,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         "position_embedding",
         lambda args: measure(
-            args.models, grid=args.grid, image_size=args.image_size, seed=args.seed
+            args.models,
+            grid=args.grid,
+            names=args.names,
+            image_size=args.image_size,
+            seed=args.seed,
         ),
         default_models=("vit_small_box",),
     )

@@ -61,7 +61,7 @@ class Measurement:
         """What its file is called after the report; a pair of models is part of it."""
         if self.analysis != "head_subsets":
             return self.analysis
-        return "-".join([self.analysis, *(cli.slug(model.name) for model in self.models)])
+        return "-".join([self.analysis, *(cli.as_word(model.name) for model in self.models)])
 
 
 def planned(args: argparse.Namespace, models: list[Model]) -> list[Measurement]:
@@ -129,7 +129,8 @@ def make(
         try:
             if measurement.analysis in WEIGHTS_ALONE:
                 return module.measure(models, seed=args.seed), without
-            options = cli.options(args, "report") | {"checkpoint": kept}
+            # The models are loaded and have their names; a measurement may leave some out.
+            options = cli.options(args, "report") | {"checkpoint": kept, "names": None}
             if measurement.analysis == "receptive_field":
                 del options["batch_size"]  # a graph of gradients takes smaller batches
             options |= measurement.options
@@ -236,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> None:
         args.models = args.models or [m for m in DEFAULT_MODELS if m in bundled_models()]
         cli.check_writable(args.out, cli.stem(args, "report"))
-        models = load_models(args.models, args.image_size, args.seed)
+        models = load_models(args.models, args.image_size, args.seed, args.names)
         report = Report(args, models, cli.stem(args, "report"))
         plan = planned(args, models)
         for number, measurement in enumerate(plan, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ class Options:
     """What every measurement over images can be told; the commands' options of the same names.
 
     Attributes:
+        names: what figures call the models, one for each; their own names by default.
         num_images: how many images, drawn by ``seed``; all by default.
         batch_size: images a batch, at most; all batches are of one size or differ by one image.
         image_size: side in pixels for models that allow another one than their own.
@@ -28,6 +30,7 @@ class Options:
         fresh: start over, whatever the checkpoint holds.
     """
 
+    names: str | Sequence[str] | None = None
     num_images: int | None = None
     batch_size: int = 32
     image_size: int | None = None

@@ -392,7 +392,7 @@ def session(
         VitprobeError: fewer images than ``at_least``, or a model that has no transform for them.
     """
     options = options or Options()
-    loaded = load_models(models, options.image_size, options.seed)
+    loaded = load_models(models, options.image_size, options.seed, options.names)
     opened = open_images(images, options.num_images, options.seed)
     if len(opened) < at_least:
         raise VitprobeError(
