@@ -1,5 +1,7 @@
 """The one exception for what a user can put right."""
 
+import re
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -9,6 +11,10 @@ class VitprobeError(Exception):
 
     Commands print the line and exit with status 2; in Python it is raised as it is.
     """
+
+    def __init__(self, message: str = "") -> None:
+        # Messages hold names of files and words of others' errors.
+        super().__init__(shown(message))
 
 
 class NotApplicable(VitprobeError):
@@ -27,3 +33,30 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence with the known names nearest to ``name``, or an empty string."""
     found = get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
+def shown(text: str) -> str:
+    """Text from outside (names of files, layers, models) as one line that can be shown and saved.
+
+    Control characters and line breaks, which can act on a terminal or forge a line on it, are
+    written out (``\\x1b``), and so are marks that reverse the direction of writing. Bytes of a file
+    name that are no text become U+FFFD. All other text stays as it is.
+    """
+    return re.sub(r"[^\x20-\x7e]", _visible, text)
+
+
+def _visible(match: re.Match[str]) -> str:
+    character = match.group()
+    kind = unicodedata.category(character)
+    if kind == "Cs":
+        return "\ufffd"
+    directs = (
+        unicodedata.bidirectional(character) in _DIRECTIONS or character in "\u200e\u200f\u061c"
+    )
+    if kind in ("Cc", "Zl", "Zp") or directs:
+        return character.encode("unicode_escape").decode("ascii")
+    return character
+
+
+_DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+_MARKS = "\u200e\u200f\u061c"

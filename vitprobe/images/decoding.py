@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,30 +69,56 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class ReaderSource:
-    """Pictures behind one of timm's readers: a folder, a tar, a Hugging Face dataset.
+class FileSource:
+    """Image files of a folder.
 
     Args:
-        reader: gives (file or PIL image, label).
+        root: the folder.
+        names: of the files below it.
         absent: indices of files that were not there from the start (links to nowhere).
     """
 
-    def __init__(self, reader: Any, absent: frozenset[int] = frozenset()) -> None:
-        self.reader = reader
-        self.absent = absent
+    def __init__(
+        self, root: Path, names: Sequence[str], absent: frozenset[int] = frozenset()
+    ) -> None:
+        self.root, self.names, self.absent = root, names, absent
 
     def __getitem__(self, index: int) -> Image.Image:
-        try:
-            picture = self.reader[index][0]
-            if isinstance(picture, Image.Image):
-                return rgb(picture)
-            with picture:
-                return decoded(picture)
-        except OSError as error:
-            # Decoders' own errors have no number of the system's.
-            if error.errno is None or error.errno in _OF_THE_FILE or index in self.absent:
-                raise
-            raise GoneError(error.strerror) from error
+        with _reachable(index in self.absent), (self.root / self.names[index]).open("rb") as file:
+            return decoded(file)
+
+
+class ReaderSource:
+    """Images behind one of timm's readers: a tar, a Hugging Face dataset.
+
+    Args:
+        reader: gives (file or PIL image, label).
+        rows: the reader's indices of the images that count; all by default.
+    """
+
+    def __init__(self, reader: Any, rows: np.ndarray | None = None) -> None:
+        self.reader, self.rows = reader, rows
+
+    def __getitem__(self, index: int) -> Image.Image:
+        row = index if self.rows is None else int(self.rows[index])
+        with _reachable():
+            image = self.reader[row][0]
+            if isinstance(image, Image.Image):
+                return rgb(image)
+            with image:
+                return decoded(image)
+
+
+@contextmanager
+def _reachable(absent: bool = False) -> Iterator[None]:
+    """Tells an image that cannot be reached any more from one that is damaged."""
+    try:
+        yield
+    except OSError as error:
+        # Decoders' own errors have no number of the system's.
+        if error.errno is None or error.errno in _OF_THE_FILE or absent:
+            raise
+        raise GoneError(error.strerror) from error
 
 
 class DatasetSource:
@@ -104,13 +132,14 @@ class DatasetSource:
 
 
 class ArraySource:
-    """A uint8 array (n, H, W, 3)."""
+    """A uint8 array (n, H, W, 3), or (n, H, W) and (n, H, W, 1), grey."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
 
     def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.array[index])
+        pixels = self.array[index]
+        return rgb(Image.fromarray(pixels[..., 0] if pixels.shape[-1:] == (1,) else pixels))
 
 
 class TensorSource:

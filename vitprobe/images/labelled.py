@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.errors import NotApplicable, VitprobeError, nearest
 from vitprobe.images.sources import Images, open_images
 
 BUNDLED_TEST = 500
@@ -108,30 +108,57 @@ def _sources(
 
 
 def _labelled(images: Images, least: int = 1) -> Images:
-    """The images with labels 0, 1, ... for the classes that occur, which all have names."""
+    """The images with labels 0, 1, ... for the classes that occur, which all have names.
+
+    Images of no class, directly in the root of a folder of class folders, are left out.
+    """
     labels = images.chosen_labels()
     if images.labels is None or labels is None:
         raise NotApplicable(
-            f"{images.source} has no labels: probes need a folder or .tar of class folders, or an "
-            f".npz with labels."
+            images.no_labels
+            or f"{images.source} has no labels: probes need a folder or .tar of class folders, or "
+            f"an .npz with 'labels' beside 'images'."
         )
+    stray = np.flatnonzero(labels < 0)
+    if len(stray):
+        images = _without(images, stray)
+        labels = labels[labels >= 0]
     present = np.unique(labels)
     if len(present) < least:
-        raise NotApplicable(f"{images.source} has one class only; probes need at least two.")
+        only = f" ({images.classes[int(present[0])]!r})" if len(present) else ""
+        raise NotApplicable(
+            f"{images.source} has one class only{only}; probes need at least two: classes are the "
+            f"folders directly under the root."
+        )
     names = tuple(images.classes[c] if images.classes else str(c) for c in present.tolist())
     # Classes of the source that were not chosen have no index.
-    compact = np.searchsorted(present, images.labels).astype(np.int64)
-    compact[~np.isin(images.labels, present)] = -1
+    compact = np.searchsorted(present, images.labels).astype(np.int64)  # type: ignore[arg-type]
+    compact[~np.isin(images.labels, present)] = -1  # type: ignore[arg-type]
     return replace(images, labels=compact, classes=names)
 
 
+def _without(images: Images, stray: np.ndarray) -> Images:
+    """Without the images at these positions, which have no class, and with a remark on them."""
+    named = ", ".join(sorted(images.name(int(i)) for i in stray)[:3])
+    more = ", ..." if len(stray) > 3 else ""
+    many = f"{len(stray)} images" if len(stray) > 1 else "1 image"
+    remark = (
+        f"{many} directly in {images.source} belong{'' if len(stray) > 1 else 's'} to no class and "
+        f"{'are' if len(stray) > 1 else 'is'} left out: {named}{more}."
+    )
+    kept = images.choose(np.setdiff1d(np.arange(len(images)), stray))
+    return replace(kept, remarks=(*images.remarks, remark))
+
+
 def _same_classes(test: Images, fitting: Images) -> Images:
+    """The test images with the fitting images' classes, matched by name."""
     other = [name for name in test.classes if name not in fitting.classes]
     if other:
         raise VitprobeError(
             f"The class {other[0]!r} of the test images {test.source} is not in {fitting.source}."
+            f"{nearest(other[0], fitting.classes)}"
         )
-    place = np.array([fitting.classes.index(name) for name in test.classes])
+    place = np.array([*(fitting.classes.index(name) for name in test.classes), -1])
     assert test.labels is not None
     return replace(test, labels=place[test.labels], classes=fitting.classes)
 
@@ -150,4 +177,6 @@ def _draws(images: Images, shots: int, draws: int, seed: int) -> list[Images]:
         for k, mine in enumerate(positions):
             apart = rows[k * shots : (k + 1) * shots]
             mine.append(apart if enough else generator.permutation(rows)[:shots])
-    return [images.choose(np.concatenate(mine)) for mine in positions]
+    chosen = [images.choose(np.concatenate(mine)) for mine in positions]
+    # What is to be said of the images is said once.
+    return [replace(one, remarks=one.remarks if k == 0 else ()) for k, one in enumerate(chosen)]

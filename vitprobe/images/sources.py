@@ -8,28 +8,39 @@ replacement also from folders that are sorted by class (Raghu et al. 2021, secti
 from __future__ import annotations
 
 import hashlib
-import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from vitprobe.errors import VitprobeError, nearest
-from vitprobe.images.decoding import ArraySource, DatasetSource, ReaderSource, TensorSource
+from vitprobe.errors import VitprobeError, nearest, shown
+from vitprobe.images.arrays import checked_images, checked_labels, read_arrays
+from vitprobe.images.datasets import ItemSource, labels_of
+from vitprobe.images.decoding import (
+    ArraySource,
+    DatasetSource,
+    FileSource,
+    ReaderSource,
+    TensorSource,
+)  # fmt: skip
+from vitprobe.images.folders import (
+    MORE_SUFFIXES,
+    below_common_folder,
+    classes_of,
+    image_files,
+    is_litter,
+)  # fmt: skip
 
 TIMM_PREFIXES = ("hfds/", "torch/")
 STREAM_PREFIXES = ("hfids/", "tfds/", "wds/")
 BROKEN_FRACTION_ALLOWED = 0.01
 # Every command on the bundled models stays under a minute on two cores with these.
 DEFAULT_SCENES = 512
-# Besides timm's .png, .jpg and .jpeg.
-MORE_SUFFIXES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,12 @@ class Images:
         order: (n,) positions in the source, in the order in which every model sees them.
         digest: sha256 of the names and sizes (or bytes) of the chosen images, in order.
         names: names of all images of the source, where it has names.
-        labels: (size of the source,) class indices, where it has classes.
+        labels: (size of the source,) class indices, where it has classes; -1 for an image of none.
         classes: names of the classes.
         version: digest of what else tells whether an unfinished run saw the same images: when
             their files were last changed.
+        no_labels: why the labels of the source are none; empty where it just has no labels.
+        remarks: what the user should know of the source, each in a line.
     """
 
     source: str
@@ -56,18 +69,21 @@ class Images:
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     version: str = ""
+    no_labels: str = ""
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.order)
 
     @property
     def are_tensors(self) -> bool:
-        return isinstance(self.items, TensorSource)
+        """Whether they go to every model as they are, through no transform."""
+        return isinstance(self.items, TensorSource) or getattr(self.items, "tensors", False)
 
     def name(self, position: int) -> str:
         """The name of the image at a position of ``order``."""
         index = int(self.order[position])
-        return self.names[index] if self.names is not None else f"image {index}"
+        return shown(self.names[index]) if self.names is not None else f"image {index}"
 
     def open(self, position: int) -> Image.Image | torch.Tensor:
         """The image at a position of ``order``; raises what its decoder raises."""
@@ -85,7 +101,7 @@ class Images:
 
 
 def open_images(
-    source: str | Path | np.ndarray | torch.Tensor | Images | None = None,
+    source: Any = None,
     num_images: int | None = None,
     seed: int = 0,
 ) -> Images:
@@ -93,8 +109,9 @@ def open_images(
 
     Args:
         source: a folder (searched recursively), a ``.tar``, an ``.npz``/``.npy`` of uint8
-            (n, H, W, 3), a timm dataset name (``hfds/...``, ``torch/...``, a split after ``:``),
-            such an array itself, a float tensor (n, C, H, W), or None: the bundled digit scenes.
+            (n, H, W, 3) or grey (n, H, W), a timm dataset name (``hfds/...``, ``torch/...``, a
+            split after ``:``), such an array itself, a float tensor (n, C, H, W), a list or
+            map-style dataset of images, or None: the bundled digit scenes.
         num_images: how many, drawn without replacement by ``seed``; all of them by default.
         seed: of the order and the choice.
 
@@ -109,6 +126,13 @@ def open_images(
         images = _from_array(source, "an array")
     elif source is None:
         images = _bundled(num_images, seed)
+    elif isinstance(source, torch.utils.data.DataLoader):
+        raise VitprobeError(
+            "Images as a DataLoader come in its order and batches: give its dataset "
+            "(loader.dataset)."
+        )
+    elif not isinstance(source, str | Path):
+        images = _from_items(source)
     elif str(source).startswith(TIMM_PREFIXES + STREAM_PREFIXES):
         images = _from_timm(str(source))
     else:
@@ -153,19 +177,44 @@ def _from_tensor(tensor: torch.Tensor) -> Images:
             f"{tuple(tensor.shape)}."
         )
     tensor = tensor.detach().cpu()
+    if not len(tensor):
+        raise VitprobeError("There are no images in a tensor.")
     digest = hashlib.sha256(tensor.float().contiguous().numpy().tobytes()).hexdigest()
     return Images("a tensor", TensorSource(tensor), _all(len(tensor)), digest)
 
 
 def _from_array(array: np.ndarray, label: str, labels: np.ndarray | None = None) -> Images:
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-        raise VitprobeError(
-            f"Images in {label} must be uint8 (n, H, W, 3), not {array.dtype} {array.shape}."
-        )
-    if not len(array):
-        raise VitprobeError(f"There are no images in {label}.")
+    array = checked_images(array, label)
     digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-    return Images(label, ArraySource(array), _all(len(array)), digest, labels=labels)
+    images = Images(label, ArraySource(array), _all(len(array)), digest)
+    return images if labels is None else _with_labels(images, labels)
+
+
+def _with_labels(images: Images, labels: Any, names: Sequence[str] = ()) -> Images:
+    """With a class for each image; or with what is wrong with the labels, for who asks for them."""
+    try:
+        indices, classes = checked_labels(labels, len(images), images.source, names)
+    except VitprobeError as error:
+        return replace(images, no_labels=str(error))
+    return replace(images, labels=indices, classes=classes)
+
+
+def _from_items(items: Any) -> Images:
+    """A list or a map-style dataset."""
+    kind = type(items).__name__
+    if not (hasattr(items, "__getitem__") and hasattr(items, "__len__")) or isinstance(
+        items, bytes | bytearray | dict
+    ):
+        raise VitprobeError(
+            f"Images cannot be taken from a {kind}: give a path, an array, a float tensor, a list "
+            f"of images or a dataset with __len__ and __getitem__."
+        )
+    every = isinstance(items, list | tuple)
+    label = f"a {kind}"
+    source = ItemSource(items, label)
+    images = Images(label, source, _all(len(source)), source.digest(every))
+    labels, names = labels_of(items)
+    return images if labels is None else _with_labels(images, labels, names)
 
 
 def _from_path(path: Path) -> Images:
@@ -174,6 +223,8 @@ def _from_path(path: Path) -> Images:
         raise VitprobeError(f"There is no {path}.{nearest(path.name, siblings)}")
     if path.is_dir():
         return _from_folder(path)
+    if not path.is_file():
+        raise VitprobeError(f"{path} is neither a folder nor a regular file.")
     name = path.name.lower()
     if name.endswith((".npz", ".npy")):
         return _from_array_file(path)
@@ -190,35 +241,32 @@ def _from_path(path: Path) -> Images:
 
 
 def _from_folder(path: Path) -> Images:
-    from timm.data.readers.reader_image_folder import ReaderImageFolder
-
-    try:
-        with _more_suffixes():
-            reader = ReaderImageFolder(str(path))
-    except RuntimeError:
-        raise VitprobeError(f"There are no images in the folder {path}.") from None
-    except OSError as error:
-        raise VitprobeError(f"{path} cannot be read: {error.strerror}.") from error
-    files = [Path(name) for name, _ in reader.samples]
-    names = [file.relative_to(path).as_posix() for file in files]
+    found = image_files(path)
+    if not found.names:
+        raise VitprobeError(f"There are no images in the folder {path}.{_unread(found.unreadable)}")
     # Names and sizes decide; reading every byte before the first batch would cost a pass.
-    stats = [_stat(file) for file in files]
-    parts = [f"{n}\t{s.st_size if s else -1}" for n, s in zip(names, stats)]
-    absent = frozenset(i for i, found in enumerate(stats) if found is None)
-    images = _labelled(path.absolute().name, ReaderSource(reader, absent), names, parts)
-    return replace(images, version=_digest([str(s.st_mtime_ns if s else 0) for s in stats]))
+    parts = [f"{name}\t{size}" for name, size in zip(found.names, found.sizes)]
+    absent = frozenset(i for i, size in enumerate(found.sizes) if size < 0)
+    files = FileSource(path, found.names, absent)
+    images = _labelled(path.absolute().name, files, found.names, parts, found.names)
+    remarks = (_unread(found.unreadable).strip(),) if found.unreadable else ()
+    version = _digest([str(changed) for changed in found.changed])
+    return replace(images, version=version, remarks=remarks)
 
 
-def _stat(file: Path) -> os.stat_result | None:
-    try:
-        return file.stat()
-    except OSError:
-        return None
+def _unread(folders: Sequence[str]) -> str:
+    """A sentence on folders that cannot be listed, or an empty string."""
+    if not folders:
+        return ""
+    named = ", ".join(shown(name) for name in folders[:3])
+    more = ", ..." if len(folders) > 3 else ""
+    many = f"{len(folders)} folders cannot" if len(folders) > 1 else "1 folder cannot"
+    return f" {many} be read and {'are' if len(folders) > 1 else 'is'} left out: {named}{more}."
 
 
 @contextmanager
 def _more_suffixes() -> Iterator[None]:
-    """Within it timm's readers take the further kinds of pictures."""
+    """Within it timm's readers take the further kinds of images."""
     from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 
     before = get_img_extensions()
@@ -244,46 +292,43 @@ def _from_tar(path: Path) -> Images:
         raise VitprobeError(f"{path} cannot be read as a tar: {error}") from error
     except ValueError:
         raise VitprobeError(f"There are no images in the tar {path}.") from None
-    members = [sample[0] for sample in reader.samples]
-    names = [member.path for member in members]
-    parts = [f"{member.path}\t{member.size}" for member in members]
-    images = _labelled(path.name, ReaderSource(reader), names, parts)
+    members = [_member_name(sample[0].path, sample[2]) for sample in reader.samples]
+    rows = np.array([i for i, name in enumerate(members)
+                     if not any(map(is_litter, name.split("/")))], dtype=np.int64)  # fmt: skip
+    if not len(rows):
+        raise VitprobeError(f"There are no images in the tar {path}.")
+    names = [members[i] for i in rows]
+    parts = [f"{reader.samples[i][0].path}\t{reader.samples[i][0].size}" for i in rows]
+    source = ReaderSource(reader, rows)
+    images = _labelled(path.name, source, names, parts, below_common_folder(names))
     return replace(images, version=_digest([str(path.stat().st_mtime_ns)]))
 
 
-def _labelled(label: str, items: ReaderSource, names: list[str], parts: list[str]) -> Images:
-    reader = items.reader
-    targets = getattr(reader, "targets", None)
-    if targets is None:
-        targets = [target for _, target in reader.samples]
-    index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
-    classes = tuple(sorted(index, key=lambda name: index[name]))
-    labels = np.asarray(targets, dtype=np.int64) if len(classes) > 1 else None
+def _member_name(path: str, inner: Any) -> str:
+    """The name of an image in a tar; one in a tar within it lies in a folder of that tar's name."""
+    parts = [part for part in PurePosixPath(path).parts if part not in ("/", ".")]
+    return "/".join([PurePosixPath(inner.name).stem, *parts] if inner is not None else parts)
+
+
+def _labelled(
+    label: str, items: Any, names: list[str], parts: list[str], below_root: Sequence[str]
+) -> Images:
+    """Images of files; their classes are the folders directly under the root."""
+    classes, labels = classes_of(below_root)
     return Images(
-        label,
+        shown(label),
         items,
         _all(len(names)),
         _digest(parts),
         names=names,
         labels=labels,
-        classes=classes if labels is not None else (),
+        classes=tuple(shown(name) for name in classes),
     )
 
 
 def _from_array_file(path: Path) -> Images:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return _from_array(loaded, path.name)
-        with loaded:
-            keys = list(loaded.files)
-            key = next((k for k in ("images", "x", "arr_0", *keys) if k in keys), None)
-            if key is None:
-                raise VitprobeError(f"There are no arrays in {path}.")
-            labels = next((loaded[k] for k in ("labels", "y") if k in keys), None)
-            return _from_array(loaded[key], f"{path.name} ({key})", labels)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise VitprobeError(f"{path} cannot be read as arrays of images: {error}") from error
+    array, labels, label = read_arrays(path)
+    return _from_array(array, shown(label), labels)
 
 
 def _from_timm(name: str) -> Images:

@@ -394,6 +394,9 @@ def session(
     options = options or Options()
     loaded = load_models(models, options.image_size, options.seed, options.names)
     opened = open_images(images, options.num_images, options.seed)
+    if processes.is_main_process():
+        for remark in opened.remarks:
+            print(f"vitprobe: {remark}", file=sys.stderr)
     if len(opened) < at_least:
         raise VitprobeError(
             f"{len(opened)} image{'s' * (len(opened) != 1)} of {opened.source} are too few: "

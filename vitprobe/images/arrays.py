@@ -1,0 +1,194 @@
+"""Images and labels in ``.npz`` and ``.npy`` files: which array is which, checked before use."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitprobe.errors import VitprobeError
+
+IMAGE_KEYS = ("images", "x", "data", "arr_0")
+LABEL_KEYS = ("labels", "y", "targets", "label", "target")
+EXPECTED = "uint8 (n, H, W, 3), or (n, H, W) for grey ones"
+
+
+def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """The images in a file, their labels where it has some, and what the images are called.
+
+    Raises:
+        VitprobeError: it cannot be read, or which array holds the images cannot be told.
+    """
+    if not path.is_file():
+        raise VitprobeError(f"{path} is no regular file.")
+    try:
+        if path.suffix.lower() == ".npy":
+            return _npy(path), None, path.name
+        return _npz(path)
+    except VitprobeError:
+        raise
+    except MemoryError:
+        raise VitprobeError(f"{path} holds more than fits into memory.") from None
+    except Exception as error:
+        # Readers of damaged files raise anything; whatever it is, the file is the reason.
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        raise VitprobeError(f"{path} cannot be read as arrays of images: {reason}") from error
+
+
+def _npy(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        shape, dtype, size = _header(file)
+    declared = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if declared > path.stat().st_size - size:
+        raise VitprobeError(f"{path} ends before its {' × '.join(map(str, shape))} values do.")
+    # Mapped: pages of images that nobody asks for are never read.
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+    with zipfile.ZipFile(path) as archive:
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        sizes: dict[str, int] = {}
+        for info in archive.infolist():
+            key = info.filename.removesuffix(".npy")
+            with archive.open(info) as member:
+                *shape_and_type, start = _header(member)
+            shapes[key] = tuple(shape_and_type)  # type: ignore[assignment]
+            shape, dtype = shapes[key]
+            sizes[key] = int(np.prod(shape, dtype=object)) * dtype.itemsize
+            if sizes[key] != info.file_size - start:
+                raise VitprobeError(
+                    f"{key!r} in {path} is said to be {' × '.join(map(str, shape))} of {dtype}, "
+                    f"but has {info.file_size:,} bytes."
+                )
+    if not shapes:
+        raise VitprobeError(f"There are no arrays in {path}.")
+    key = _key_of_images(path, shapes)
+    memory = _memory()
+    if memory is not None and sizes[key] > memory:
+        raise VitprobeError(
+            f"The {sizes[key] / 2**30:.1f} GiB of {key!r} in {path} are more than the memory here."
+        )
+    with np.load(path, allow_pickle=False) as loaded:
+        labels_key = next((k for k in LABEL_KEYS if k in shapes and k != key), None)
+        labels = loaded[labels_key] if labels_key else None
+        return loaded[key], labels, f"{path.name} ({key})"
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and type of an array that follows in a file, and where its values begin."""
+    version = np.lib.format.read_magic(file)
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("arrays of Python objects are not read")
+    return shape, dtype, file.tell()
+
+
+def _key_of_images(path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+    known = next((key for key in IMAGE_KEYS if key in shapes), None)
+    if known:
+        return known
+    alike = [key for key, (shape, dtype) in shapes.items()
+             if dtype == np.uint8 and len(shape) in (3, 4)]  # fmt: skip
+    if len(alike) == 1:
+        return alike[0]
+    if len(shapes) == 1:
+        return next(iter(shapes))  # its shape or type is told as wrong
+    listed = ", ".join(f"{key} {dtype}{list(shape)}" for key, (shape, dtype) in shapes.items())
+    raise VitprobeError(
+        f"Which array of {path} holds the images is not clear: it has {listed}. Their key should "
+        f"be 'images', that of their labels 'labels'."
+    )
+
+
+def _memory() -> int | None:
+    """Bytes of memory that this machine has, where the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def checked_images(array: np.ndarray, label: str) -> np.ndarray:
+    """The array, if it holds images: uint8 (n, H, W, 3), or (n, H, W) and (n, H, W, 1), grey.
+
+    Raises:
+        VitprobeError: another type or shape, or no images.
+    """
+    shape = array.shape
+    good = array.ndim == 3 or (array.ndim == 4 and shape[-1] in (1, 3))
+    if array.dtype != np.uint8 or not good:
+        raise VitprobeError(
+            f"Images in {label} must be {EXPECTED}, not {array.dtype} {shape}.{_hint(array)}"
+        )
+    if not array.size:
+        raise VitprobeError(f"There are no images in {label}.")
+    return array
+
+
+def _hint(array: np.ndarray) -> str:
+    if array.ndim == 4 and array.shape[-1] == 4:
+        return " Leave out the fourth channel (transparency)."
+    if array.ndim == 4 and array.shape[1] in (1, 3) and array.dtype == np.uint8:
+        return " Move the channels to the end: array.transpose(0, 2, 3, 1)."
+    if array.ndim == 4 and array.dtype.kind == "f":
+        return " What is ready for a model can be given in Python as a float tensor (n, C, H, W)."
+    return ""
+
+
+def checked_labels(
+    labels: Any, count: int, label: str, names: Sequence[str] = ()
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """One class for each image.
+
+    Args:
+        labels: (n,) or (n, 1): integers, strings or booleans.
+        count: of the images.
+        label: what messages call their source.
+        names: of the classes, where the labels are indices into them.
+
+    Returns:
+        (n,) indices, and the names of the classes. Integers are named as they are written.
+
+    Raises:
+        VitprobeError: another shape, type or length.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 0:
+        raise VitprobeError(
+            f"The labels of {label} are a single value: one for each image is needed."
+        )
+    if labels.ndim == 2 and len(labels) == count:
+        raise VitprobeError(
+            f"The labels of {label} have the shape {labels.shape}; if they are one-hot, give "
+            f"labels.argmax(1)."
+        )
+    if labels.ndim != 1:
+        raise VitprobeError(f"The labels of {label} must be (n,), not {labels.shape}.")
+    if len(labels) != count:
+        raise VitprobeError(
+            f"{label} has {len(labels)} labels for {count} images: one for each is needed."
+        )
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind not in "iubU":
+        raise VitprobeError(
+            f"The labels of {label} must be integers, strings or booleans, not {labels.dtype}."
+        )
+    if names and labels.dtype.kind in "iu":
+        if labels.min(initial=0) < 0 or labels.max(initial=0) >= len(names):
+            raise VitprobeError(f"The labels of {label} go beyond its {len(names)} classes.")
+        return labels.astype(np.int64), tuple(names)
+    values, indices = np.unique(labels, return_inverse=True)
+    return indices.reshape(-1).astype(np.int64), tuple(str(value) for value in values.tolist())

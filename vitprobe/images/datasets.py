@@ -1,0 +1,135 @@
+"""Lists and map-style datasets as images: what an item holds, and a digest of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitprobe.errors import VitprobeError
+from vitprobe.images.decoding import decoded, rgb
+
+# Where datasets of the usual libraries keep the image of an item.
+KEYS = ("image", "pixel_values", "img", "jpg", "png")
+# So many items, evenly spread, stand for a dataset that would take a pass to read whole.
+SAMPLED = 16
+
+
+class ItemSource:
+    """Images of a list or of a map-style dataset.
+
+    Args:
+        items: of PIL images, uint8 arrays (H, W, 3) or (H, W), float tensors (C, H, W) that go to
+            every model as they are, or paths; alone, first in a tuple, or in a dict.
+        what: what messages call it.
+
+    Attributes:
+        tensors: whether the first item is a float tensor; all must then be.
+
+    Raises:
+        VitprobeError: no items, or the first one is no image.
+    """
+
+    def __init__(self, items: Any, what: str) -> None:
+        self.items, self.what = items, what
+        if not len(items):
+            raise VitprobeError(f"There are no images in {what}.")
+        try:
+            self.tensors = isinstance(image_of(items[0]), Tensor)
+        except Exception as error:
+            reason = str(error)
+            if not isinstance(error, ValueError):
+                reason = f"{type(error).__name__}: {error}"
+            raise VitprobeError(f"The first item of {what} is no image: {reason}") from error
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Image.Image | Tensor:
+        image = image_of(self.items[index])
+        if isinstance(image, Tensor) != self.tensors:
+            kinds = ("a float tensor", "another kind of image")
+            raise ValueError(
+                f"{kinds[not isinstance(image, Tensor)]}, where the first item is "
+                f"{kinds[not self.tensors]}"
+            )
+        return image
+
+    def digest(self, every: bool) -> str:
+        """sha256 of the items: of all of them, or of a few and of what the dataset says."""
+        count = len(self.items)
+        chosen = (
+            range(count) if every else np.linspace(0, count - 1, min(count, SAMPLED)).astype(int)
+        )
+        digest = hashlib.sha256(f"{count} {'' if every else self.items!r}".encode(errors="replace"))
+        for index in chosen:
+            try:
+                image = image_of(self.items[int(index)])
+            except Exception as error:
+                # It is told when its turn comes.
+                digest.update(f"{type(error).__name__}".encode())
+                continue
+            array = image.float().numpy() if isinstance(image, Tensor) else np.asarray(image)
+            digest.update(f"{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def image_of(item: Any) -> Image.Image | Tensor:
+    """The image in an item: PIL in RGB, or a float tensor (C, H, W) as it is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(item, Mapping):
+        key = next((key for key in KEYS if key in item), None)
+        if key is None:
+            raise ValueError(f"a dict with {', '.join(map(str, item))}, without {KEYS[0]!r}")
+        item = item[key]
+    elif isinstance(item, tuple | list) and item:
+        item = item[0]
+    if isinstance(item, str | Path):
+        return decoded(Path(item))
+    if isinstance(item, Image.Image):
+        return rgb(item)
+    if isinstance(item, Tensor):
+        return _from_tensor(item.detach().cpu())
+    if isinstance(item, np.ndarray):
+        return _from_array(item)
+    raise ValueError(f"a {type(item).__name__}")
+
+
+def _from_tensor(tensor: Tensor) -> Image.Image | Tensor:
+    if tensor.ndim == 3 and tensor.is_floating_point():
+        return tensor
+    if tensor.ndim == 3 and tensor.dtype == torch.uint8 and tensor.shape[0] in (1, 3):
+        return _from_array(tensor.permute(1, 2, 0).numpy())
+    raise ValueError(f"a tensor of {tensor.dtype} {tuple(tensor.shape)}, not float (C, H, W)")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.dtype != np.uint8 or not (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)
+    ):
+        raise ValueError(f"an array of {array.dtype} {array.shape}, not uint8 (H, W, 3) or (H, W)")
+    return rgb(Image.fromarray(array))
+
+
+def labels_of(dataset: Any) -> tuple[Sequence[Any] | None, Sequence[str]]:
+    """The labels and class names that torchvision's datasets carry; None and () elsewhere."""
+    targets, classes = getattr(dataset, "targets", None), getattr(dataset, "classes", ())
+    try:
+        if targets is None or len(targets) != len(dataset):
+            return None, ()
+    except TypeError:
+        return None, ()
+    names = [str(name) for name in classes] if isinstance(classes, list | tuple) else []
+    return targets, names

@@ -1,0 +1,143 @@
+"""The image files of a folder: each real folder once, classes directly under the root.
+
+Names and sizes are read, no image is: starting on a data set does not cost a pass over it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from vitprobe.errors import VitprobeError
+
+# What operating systems, file servers and tools leave beside images; hidden names are left out too.
+LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
+          "__pycache__", "thumbs.db"}  # fmt: skip
+# Besides timm's .png, .jpg and .jpeg.
+MORE_SUFFIXES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = {".png", ".jpg", ".jpeg", *MORE_SUFFIXES}
+
+
+@dataclass
+class Found:
+    """What a folder holds.
+
+    Attributes:
+        names: of the image files below the root, with ``/``, in natural order (2 before 10).
+        sizes: bytes of each; -1 for a link to nowhere.
+        changed: nanoseconds at which each was last changed.
+        unreadable: folders that could not be listed, and why.
+    """
+
+    names: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or none of the user's."""
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts names as people count: timm's order, with the name itself to settle ties."""
+    from timm.utils.misc import natural_key
+
+    return natural_key(name), name
+
+
+def image_files(root: Path) -> Found:
+    """Find the images under a folder.
+
+    A folder that several links lead to, or that holds a link to a folder above it, counts once.
+    Anything but files (pipes, sockets, devices) is passed over.
+
+    Raises:
+        VitprobeError: the root itself cannot be listed.
+    """
+    found: list[tuple[str, int, int]] = []
+    result = Found()
+    seen: set[tuple[int, int]] = set()
+    # Real folders come before links, so that a folder goes by its own name where it has one.
+    waiting, links = [(str(root), "")], []  # type: ignore[var-annotated]
+    while waiting or links:
+        if not waiting:
+            links.sort(key=lambda one: natural(one[1]), reverse=True)
+            waiting.append(links.pop())
+        path, inside = waiting.pop()
+        try:
+            status = os.stat(path)
+            # File systems without inodes of their own call all of them 0.
+            identity = (status.st_dev, status.st_ino)
+            if status.st_ino and identity in seen:
+                continue
+            seen.add(identity)
+            with os.scandir(path) as entries:
+                listed = list(entries)
+        except OSError as error:
+            if not inside:
+                raise VitprobeError(f"{root} cannot be read: {error.strerror}.") from error
+            result.unreadable.append(f"{inside[:-1]} ({error.strerror})")
+            continue
+        for entry in listed:
+            if is_litter(entry.name):
+                continue
+            name = inside + entry.name
+            if entry.is_dir():
+                (links if entry.is_symlink() else waiting).append((entry.path, f"{name}/"))
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                size, changed = _size(entry)
+                if size is not None:
+                    found.append((name, size, changed))
+    found.sort(key=lambda one: natural(one[0]))
+    for name, size, changed in found:
+        result.names.append(name)
+        result.sizes.append(size)
+        result.changed.append(changed)
+    result.unreadable.sort()
+    return result
+
+
+def _size(entry: os.DirEntry[str]) -> tuple[int | None, int]:
+    """Bytes of a file, -1 for a link to nowhere, None for what is no file; when it was changed."""
+    try:
+        if entry.is_file():
+            status = entry.stat()
+            return status.st_size, status.st_mtime_ns
+        return (-1, 0) if entry.is_symlink() and not os.path.exists(entry.path) else (None, 0)
+    except OSError:
+        return -1, 0
+
+
+def classes_of(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """The class of each image: the folder directly under the root that holds it, at any depth.
+
+    Args:
+        names: of the images, below the root, with ``/``.
+
+    Returns:
+        the classes in natural order, and (n,) indices into them, -1 for images directly in the
+        root; no classes and None where all are there.
+    """
+    tops = [parts[0] if len(parts := name.split("/")) > 1 else "" for name in names]
+    classes = tuple(sorted({top for top in tops if top}, key=natural))
+    if not classes:
+        return (), None
+    index = {name: i for i, name in enumerate(classes)} | {"": -1}
+    return classes, np.array([index[top] for top in tops], dtype=np.int64)
+
+
+def below_common_folder(names: Sequence[str]) -> list[str]:
+    """The names without the one folder that a whole archive is often packed in (``data/cat/1``).
+
+    A folder that holds images itself stays: it may well be a class.
+    """
+    parts = [PurePosixPath(name).parts for name in names]
+    while parts and len({one[0] for one in parts}) == 1 and min(map(len, parts)) > 2:
+        parts = [one[1:] for one in parts]
+    return ["/".join(one) for one in parts]
