@@ -21,7 +21,9 @@ from vitprobe.results.writing import write_atomically
 from vitprobe.running import memory
 from vitprobe.running.checkpoint import Checkpoint, UntilWritten
 from vitprobe.running.interrupts import Interrupted
-from vitprobe.running.session import Options, session
+from vitprobe.running.loop import run
+from vitprobe.running.options import Options
+from vitprobe.running.session import session
 from vitprobe.tracing.capture import capture
 
 
@@ -342,7 +344,7 @@ def test_memory_is_flat_over_a_hundred_batches():
                 gc.collect()
                 alive.append(sum(torch.is_tensor(one) for one in gc.get_objects()))
 
-        ready.run(step, sums, decides={})
+        run(ready, step, sums, decides={})
     assert alive[0] == alive[1]
 
 
@@ -395,4 +397,4 @@ def test_weights_that_are_not_finite_name_the_first_layer(tensors):
     with pytest.raises(VitprobeError, match="layer 2 of net is not finite; it is the first"):
         cka.measure(wrap(net, "net"), tensors, layers="all")
     with pytest.raises(Interrupted), session(net, tensors, Options()) as ready:
-        ready.run(lambda batch: signal.raise_signal(signal.SIGINT), ready.sums(a=()), decides={})
+        run(ready, lambda batch: signal.raise_signal(signal.SIGINT), ready.sums(a=()), decides={})

@@ -10,7 +10,8 @@ from torch import nn
 from vitprobe import cka, load_model, localization, skip_ratio, wrap
 from vitprobe.running import session as running
 from vitprobe.running.layout import channels_last
-from vitprobe.running.session import Options, session
+from vitprobe.running.options import Options
+from vitprobe.running.session import session
 
 CPU = torch.device("cpu")
 

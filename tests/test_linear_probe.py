@@ -17,8 +17,8 @@ from vitprobe.images.labelled import open_task
 from vitprobe.images.sources import open_images
 from vitprobe.results.result import FAILS, HOLDS, load_result
 from vitprobe.running import probes as core_probes
+from vitprobe.running.interrupts import Interrupted
 from vitprobe.running.probes import Probe, fit_probe, side_by_side
-from vitprobe.running.session import Interrupted
 from vitprobe.statistics.ridge import (
     PENALTIES,
     dual,

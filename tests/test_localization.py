@@ -12,7 +12,7 @@ from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import wrap
 from vitprobe.results.result import FAILS, HOLDS, load_result
 from vitprobe.running import memory
-from vitprobe.running.session import Interrupted
+from vitprobe.running.interrupts import Interrupted
 from vitprobe.statistics import place_hsic as estimator
 from vitprobe.statistics.hsic import gram, hsic
 from vitprobe.statistics.place_hsic import input_patches, place_cka, place_hsic

@@ -14,7 +14,10 @@ from torch import nn
 from vitprobe import VitprobeError, cka, wrap
 from vitprobe.running import interrupts
 from vitprobe.running.checkpoint import Checkpoint
-from vitprobe.running.session import Interrupted, Options, session
+from vitprobe.running.interrupts import Interrupted
+from vitprobe.running.loop import run
+from vitprobe.running.options import Options
+from vitprobe.running.session import session
 
 
 def net():
@@ -98,7 +101,7 @@ def test_a_batch_that_is_in_some_sums_only_is_not_saved(tensors, tmp_path):
     """A second Ctrl-C does not wait for the batch: what was saved before it stays."""
     sums = {}
 
-    def run(stops):
+    def stopped(stops):
         with session(net(), tensors, Options(batch_size=4, checkpoint=tmp_path / "s")) as ready:
             sums.update(ready.sums(first=(), second=()))
 
@@ -110,11 +113,11 @@ def test_a_batch_that_is_in_some_sums_only_is_not_saved(tensors, tmp_path):
                     signal.raise_signal(signal.SIGINT)
                 sums["second"] += len(batch)
 
-            ready.run(step, sums, decides={})
+            run(ready, step, sums, decides={})
 
     with pytest.raises(Interrupted, match=r"Stopped after 2 of 5 batches. Nothing is kept."):
-        run(stops=True)
-    run(stops=False)
+        stopped(stops=True)
+    stopped(stops=False)
     assert sums["first"] == sums["second"] == 20
 
 
@@ -156,7 +159,7 @@ def test_a_damaged_state_is_done_again(tensors, tmp_path, damage):
         with np.load(file) as old:
             arrays = {name: old[name] for name in old.files}
         arrays |= {"_key": np.array("another")} if damage == "other version" else {
-            "hsic": arrays["hsic"][1:]
+            "cka.hsic": arrays["cka.hsic"][1:]
         }  # fmt: skip
         with file.open("wb") as out:
             np.savez(out, **arrays)

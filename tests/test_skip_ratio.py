@@ -222,7 +222,7 @@ def test_batches_of_any_size_and_a_resumed_run_agree(tensors, tmp_path, monkeypa
             signal.raise_signal(signal.SIGINT)
         real(*args)
 
-    from vitprobe.running.session import Interrupted
+    from vitprobe.running.interrupts import Interrupted
 
     monkeypatch.setattr(skip_ratio, "_step", stops)
     options = {"batch_size": 3, "checkpoint": tmp_path / "state"}

@@ -29,7 +29,9 @@ from vitprobe import cli
 from vitprobe.errors import VitprobeError
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
-from vitprobe.running.session import Batch, Options, Session, session
+from vitprobe.running.loop import run
+from vitprobe.running.options import Options
+from vitprobe.running.session import Batch, Session, session
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.tracing.attention import AttentionLayer, AttentionMap, map_attention, observe
 
@@ -252,7 +254,7 @@ def measure(
                 add_moments(sums, "distance", (rows,), values)
 
         decides = {"analysis": "attention_distance", "layers": labels, "renormalise": renormalise}
-        ready.run(step, sums, decides=decides)
+        run(ready, step, sums, decides=decides)
         value, error = mean_and_error(sums, "distance")
         meta = ready.meta("attention_distance")
         meta["renormalise"] = renormalise

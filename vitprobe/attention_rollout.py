@@ -30,7 +30,9 @@ from vitprobe.models.loading import Model, load_models
 from vitprobe.results import drawing
 from vitprobe.results.result import Result
 from vitprobe.results.tables import Label
-from vitprobe.running.session import Batch, Options, session
+from vitprobe.running.loop import run
+from vitprobe.running.options import Options
+from vitprobe.running.session import Batch, session
 from vitprobe.tracing.attention import AttentionMap, map_attention, observe
 
 PICTURES, PHOTOGRAPH_SIDE = 4, 64
@@ -188,7 +190,7 @@ def measure(models: Any, images: Any = None, **options: Any) -> AttentionRollout
                 tall, broad = picture.shape[2:]
                 sums["pictures"][m, positions, :, :tall, :broad] += picture.to(sums["pictures"])
 
-        ready.run(step, sums, decides={"analysis": "attention_rollout"})
+        run(ready, step, sums, decides={"analysis": "attention_rollout"})
         meta = ready.meta("attention_rollout")
         meta["maps"] = about
         kept = sums["seen"].cpu().numpy() > 0

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from vitprobe import cli
-from vitprobe.errors import VitprobeError
 from vitprobe.papers import same_depth, vit_and_cnn
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result
-from vitprobe.running.session import Batch, Options, Session, session
-from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
+from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.options import Options
+from vitprobe.running.session import Batch, Session
+from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, hsic, jackknife, normalise
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.layers import Layer, map_layers
 
 # Letters of a title that fit over a panel.
 LONG_TITLE = 38
@@ -153,6 +153,79 @@ class CKAResult(Result):
 RESULT = CKAResult
 
 
+@dataclass(frozen=True)
+class CKA(Measurement):
+    """Options of ``measure``; ``pairs`` are numbers of models that are compared at equal depth."""
+
+    layers: str | Sequence[str] = "blocks"
+    pairs: tuple[tuple[int, int], ...] = ()
+
+    analysis: ClassVar[str] = "cka"
+    at_least: ClassVar[int] = MIN_BATCH
+
+    def prepare(self, ready: Session) -> Watch:
+        return _Watch(ready, self)
+
+
+class _Watch(Watch):
+    """Grams of all chosen layers of a batch, and HSIC₁ of all their pairs."""
+
+    def __init__(self, ready: Session, asked: CKA) -> None:
+        self.maps = [ready.layers(m) for m in range(len(ready.models))]
+        self.chosen = [found.choose(asked.layers) for found in self.maps]
+        self.labels = [layer.label for one in self.chosen for layer in one]
+        counts = [len(one) for one in self.chosen]
+        self.owner = np.repeat(np.arange(len(counts)), counts)
+        self.starts = np.cumsum([0, *counts]).tolist()
+        self.pairs = [list(pair) for pair in asked.pairs]
+        same_depth.check_lengths(self.pairs, [model.name for model in ready.models], self.owner)
+        size, groups = len(self.labels), min(MAX_GROUPS, len(ready.batches))
+        n = min(ready.options.batch_size, len(ready.images))
+        super().__init__(
+            ready,
+            ready.sums(hsic=(groups, size, size)),
+            {"layers": self.labels},
+            # Grams of a batch and what U-centring makes of them, in float64.
+            scratch=5 * 8 * size * n**2,
+        )
+        self._grams: list[Tensor] = []
+
+    def watching(self, m: int, batch: Batch) -> Any:
+        model, layers, start = self.ready.models[m], self.chosen[m], self.starts[m]
+        if m == 0:
+            self._grams = [torch.empty(0)] * len(self.labels)
+
+        def reduce(i: int, tensor: Tensor) -> None:
+            self._grams[start + i] = batch.gram(model, layers[i], tensor)
+
+        return capture(model.module, layers, reduce)
+
+    def end(self, batch: Batch) -> None:
+        grams = torch.stack(self._grams)
+        for i in (~torch.isfinite(grams).all((1, 2))).nonzero()[:1].flatten().tolist():
+            check_finite(False, self.labels[i], self.ready.models[self.owner[i]])
+        self.sums["hsic"][self.group(batch)] += hsic(grams)
+
+    def result(self, meta: dict[str, Any]) -> CKAResult:
+        sums = {"hsic": self.sums["hsic"], "used": self.used}
+        value, error = jackknife(normalise, sums["hsic"], sums["used"])
+        meta["pairs"] = vit_and_cnn.statistics(
+            [model.name for model in self.ready.models],
+            self.owner,
+            [found.has_attention for found in self.maps],
+            [[vit_and_cnn.stage(layer) for layer in one] for one in self.chosen],
+            sums,
+        )
+        if self.pairs:
+            meta["same_depth"] = same_depth.summaries(
+                self.pairs, self.owner, sums["hsic"], sums["used"]
+            )
+        return CKAResult(meta, value, error, np.array(self.labels), self.owner)
+
+
+MEASUREMENT = CKA
+
+
 def measure(
     models: Any,
     images: Any = None,
@@ -180,80 +253,8 @@ def measure(
     pairs: list[list[int]] = []
     if pairwise:
         models, pairs = same_depth.in_pairs(models)
-    with session(models, images, Options(**options), at_least=MIN_BATCH) as ready:
-        if ready.options.batch_size < MIN_BATCH:
-            raise VitprobeError(
-                f"CKA needs batches of at least {MIN_BATCH} images, not --batch-size "
-                f"{ready.options.batch_size}."
-            )
-        chosen, has_attention = _choose(ready, layers)
-        labels = [layer.label for one in chosen for layer in one]
-        owner = np.repeat(np.arange(len(chosen)), [len(one) for one in chosen])
-        same_depth.check_lengths(pairs, [model.name for model in ready.models], owner)
-        groups = min(MAX_GROUPS, len(ready.batches))
-        size = len(labels)
-        sums = ready.sums(hsic=(groups, size, size), used=(groups,), left_out=())
-
-        def step(batch: Batch) -> None:
-            if len(batch) < MIN_BATCH:
-                sums["left_out"] += len(batch)
-                return
-            grams = _grams(ready, batch, chosen)
-            bad = (~torch.isfinite(grams).all((1, 2))).nonzero()
-            if len(bad):
-                first = int(bad[0])
-                raise VitprobeError(
-                    f"The layer {labels[first]} of {ready.models[owner[first]].name} is not "
-                    f"finite; it is the first such layer."
-                )
-            sums["hsic"][batch.index % groups] += hsic(grams)
-            sums["used"][batch.index % groups] += 1
-
-        # Grams of a batch and what U-centring makes of them, in float64.
-        scratch = 5 * 8 * size * min(ready.options.batch_size, len(ready.images)) ** 2
-        ready.run(step, sums, decides={"analysis": "cka", "layers": labels}, scratch=scratch)
-        if not sums["used"].sum():
-            raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
-        value, error = jackknife(normalise, sums["hsic"], sums["used"])
-        stages = [[vit_and_cnn.stage(layer) for layer in one] for one in chosen]
-        meta = ready.meta("cka")
-        meta["replicates"] = int((sums["used"] > 0).sum())
-        meta["left_out"] = int(sums["left_out"])
-        meta["n"] -= meta["left_out"]
-        meta["pairs"] = vit_and_cnn.statistics(
-            [model.name for model in ready.models], owner, has_attention, stages, sums
-        )
-        if pairs:
-            meta["same_depth"] = same_depth.summaries(pairs, owner, sums["hsic"], sums["used"])
-    return CKAResult(meta, value, error, np.array(labels), owner)
-
-
-def _choose(ready: Session, layers: str | Sequence[str]) -> tuple[list[list[Layer]], list[bool]]:
-    chosen, has_attention = [], []
-    for model, example in zip(ready.models, ready.example()):
-        with ready.autocast():
-            found = map_layers(model.name, model.module, example)
-        chosen.append(found.choose(layers))
-        has_attention.append(found.has_attention)
-    return chosen, has_attention
-
-
-def _grams(ready: Session, batch: Batch, chosen: list[list[Layer]]) -> Tensor:
-    """(L, n, n) of all layers of all models; one forward pass each."""
-    n = len(batch)
-    device = "cpu" if ready.device.type == "mps" else ready.device
-    total = sum(len(one) for one in chosen)
-    grams = torch.empty(total, n, n, dtype=torch.float64, device=device)
-    start = 0
-    for model, one, inputs in zip(ready.models, chosen, batch.inputs):
-
-        def reduce(i: int, tensor: Tensor, start: int = start) -> None:
-            grams[start + i] = gram(tensor)
-
-        with capture(model.module, one, reduce), ready.autocast():
-            model.module(inputs)
-        start += len(one)
-    return grams
+    asked = CKA(layers, tuple((a, b) for a, b in pairs))
+    return measure_one(asked, models, images, Options(**options))
 
 
 class _Pairs(argparse.Action):

@@ -29,7 +29,9 @@ from vitprobe import cli
 from vitprobe.errors import VitprobeError
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, decide, plus_minus
-from vitprobe.running.session import Batch, Options, Session, session
+from vitprobe.running.loop import run
+from vitprobe.running.options import Options
+from vitprobe.running.session import Batch, Session, session
 from vitprobe.statistics.hsic import (
     MAX_GROUPS,
     MIN_BATCH,
@@ -196,7 +198,7 @@ def measure(
             sums["seen"][group] += len(batch)
 
         labels = [layer.label for layer in lowest]
-        ready.run(step, sums, decides={"analysis": "head_subsets", "layers": labels})
+        run(ready, step, sums, decides={"analysis": "head_subsets", "layers": labels})
         if not sums["used"].sum():
             raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
         distance = (sums["distance"].sum(0) / sums["seen"].sum()).cpu().numpy()

@@ -31,8 +31,9 @@ from vitprobe.images.labelled import open_task
 from vitprobe.models.loading import load_models
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.running.options import Options
 from vitprobe.running.probes import READOUTS, TestCounts, fit_draw, side_by_side, test_probes
-from vitprobe.running.session import Options, session
+from vitprobe.running.session import session
 from vitprobe.tracing.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS, placed_layers
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")

@@ -32,6 +32,7 @@ from vitprobe.errors import VitprobeError
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, decide, plus_minus
 from vitprobe.results.tables import Label
+from vitprobe.running.loop import run
 from vitprobe.running.session import Batch, Options, Session, Sums, session
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, bootstrap_error, jackknife
 from vitprobe.statistics.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
@@ -299,7 +300,7 @@ def measure(
 
         labels = [one.layer.label for one in placed]
         decides = {"analysis": "localization", "layers": labels}
-        ready.run(step, sums, decides=decides, scratch=_scratch(ready, placed, grids))
+        run(ready, step, sums, decides=decides, scratch=_scratch(ready, placed, grids))
         if not sums["used"].sum():
             raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
         meta = ready.meta("localization")

@@ -33,6 +33,7 @@ from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.images.sources import open_images
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.running.loop import run
 from vitprobe.running.session import Batch, Options, Session, Sums, session
 from vitprobe.statistics.hsic import jackknife
 from vitprobe.tracing.centre_gradients import Site, centres, frozen, rows_of_jacobian
@@ -343,7 +344,7 @@ def measure(
 
             labels = [site.label for plan in plans for site in plan.sites]
             facts = {"layers": labels, "channels": channels, "signed": signed}
-            ready.run(step, sums, decides={"analysis": "receptive_field", **facts}, gradients=True)
+            run(ready, step, sums, decides={"analysis": "receptive_field", **facts}, gradients=True)
         meta = ready.meta("receptive_field")
     meta |= {"channels": channels, "signed": signed, "pre_residual": pre_residual}
     meta["replicates"] = min(GROUPS, meta["n"])

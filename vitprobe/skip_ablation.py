@@ -29,7 +29,9 @@ from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError, nearest
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, decide, plus_minus
-from vitprobe.running.session import Batch, Options, Session, session
+from vitprobe.running.loop import run
+from vitprobe.running.options import Options
+from vitprobe.running.session import Batch, Session, session
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import Layer, LayerMap, map_layers
@@ -248,7 +250,7 @@ def measure(
             sums["used"][batch.index % groups] += 1
 
         facts = [[p.model, p.block, *(layer.label for layer in p.layers)] for p in panels]
-        ready.run(step, sums, decides={"analysis": "skip_ablation", "panels": facts})
+        run(ready, step, sums, decides={"analysis": "skip_ablation", "panels": facts})
         if not sums["used"].sum():
             raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
         meta = ready.meta("skip_ablation")

@@ -30,6 +30,7 @@ from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.running.loop import run
 from vitprobe.running.session import Batch, Options, Session, Sums, session
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.tracing.layers import Layer, LayerMap, map_layers
@@ -291,7 +292,7 @@ def measure(models: Any, images: Any = None, **options: Any) -> SkipRatioResult:
             for m, (plan, start) in enumerate(zip(plans, starts)):
                 _step(ready, batch.inputs[m], m, plan, start, sums)
 
-        ready.run(step, sums, decides={"analysis": "skip_ratio", "layers": labels})
+        run(ready, step, sums, decides={"analysis": "skip_ratio", "layers": labels})
         moments = [array for name in shapes for array in mean_and_error(sums, name)]
         meta = ready.meta("skip_ratio")
         meta["layouts"] = [plan.layout for plan in plans]

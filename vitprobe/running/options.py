@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vitprobe.errors import VitprobeError
 from vitprobe.running.checkpoint import UntilWritten
@@ -56,3 +57,14 @@ class Options:
             raise VitprobeError(f"--save-every must be at least 0, not {self.save_every}.")
         if self.precision not in ("fp32", "bf16"):
             raise VitprobeError(f"--precision must be fp32 or bf16, not {self.precision!r}.")
+
+
+def option(default: Any, help: str, **argument: Any) -> Any:
+    """A field of a ``Measurement`` that is an option of its command too.
+
+    Args:
+        default: of both.
+        help: for the command line, in the words of a list.
+        argument: what ``argparse`` needs beside that (``type``, ``nargs``, ``choices``, ...).
+    """
+    return field(default=default, metadata={"argument": {"help": help, **argument}})

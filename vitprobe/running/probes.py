@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vitprobe.errors import VitprobeError
+from vitprobe.running.loop import run
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.ridge import PENALTIES, dual, ridge, signed_targets, standardise
 from vitprobe.tracing.capture import capture
@@ -210,7 +211,7 @@ def test_probes(
         _watch(ready, batch, placed, range(len(placed)), take)
         sums["tested"] += len(batch)
 
-    ready.run(step, sums, decides=decides)
+    run(ready, step, sums, decides=decides)
     return _counts(placed, grids, probes, sums)
 
 
@@ -277,7 +278,7 @@ def _features(
         _watch(ready, batch, placed, now, take)
         held["seen"][rows] = 1
 
-    ready.run(step, held, decides={"analysis": "linear_probe, fitting"})
+    run(ready, step, held, decides={"analysis": "linear_probe, fitting"})
     return {i: held[f"layer{i}"] for i in now}, held["seen"] > 0
 
 

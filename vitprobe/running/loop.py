@@ -1,0 +1,248 @@
+"""The batch loop: progress, resume, several processes, and what goes wrong in between.
+
+``run`` hands every batch of a session to a step that adds to named float64 sums. Additive sums are
+the one shape behind progress, resume after a kill, and several processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vitprobe.errors import VitprobeError
+from vitprobe.images.sources import BROKEN_FRACTION_ALLOWED
+from vitprobe.running import memory, processes
+from vitprobe.running.checkpoint import Checkpoint, Saves, UntilWritten
+from vitprobe.running.interrupts import HeldBack, Interrupted
+from vitprobe.running.loading import Failure
+from vitprobe.running.session import Batch, Session, Sums
+
+
+def run(
+    ready: Session,
+    step: Callable[[Batch], None],
+    sums: Sums,
+    *,
+    decides: dict[str, Any],
+    gradients: bool = False,
+    scratch: int = 0,
+) -> None:
+    """Call ``step`` on every batch and leave the totals over all processes in ``sums``.
+
+    Args:
+        step: adds a batch to ``sums``, in place.
+        sums: made by ``Session.sums``.
+        decides: with the session's own facts, everything that decides the result; a state on
+            disk is gone on with only where all of it agrees.
+        gradients: leave autograd on.
+        scratch: bytes that ``step`` needs for a whole batch beside the forward passes.
+
+    Raises:
+        VitprobeError: more broken images than allowed, images that have gone, out of memory,
+            another process that has ended.
+        Interrupted: on Ctrl-C, after the state has been saved.
+    """
+    state = dict(sums)
+    state["_broken"] = torch.zeros(len(ready.images), dtype=torch.float64)
+    facts = {**ready.fingerprint(), **decides}
+    rank, world = processes.join(ready.device)
+    place = ready.options.checkpoint
+    until_written = place if isinstance(place, UntilWritten) else None
+    path = until_written.path if until_written else place
+    checkpoint = Checkpoint(path, facts, len(ready.batches), rank)  # type: ignore[arg-type]
+    done = checkpoint.load(state, fresh=ready.options.fresh)
+    if world > 1:
+        with _together(ready, checkpoint):
+            done = processes.from_main_process(done, ready.device)
+    todo = [b for b in range(len(ready.batches)) if not done[b]][rank::world]
+    if done.any() and rank == 0 and not ready.options.quiet:
+        print(f"going on after {int(done.sum())} of {len(done)} batches", file=sys.stderr)
+    mode = nullcontext() if gradients else torch.inference_mode()
+    with mode:
+        if todo and rank == 0:
+            _forecast(ready, sums, scratch)
+        _over(ready, todo, step, state, checkpoint, done if rank == 0 else np.zeros_like(done))
+    if world > 1:
+        with _together(ready, checkpoint):
+            processes.sum_over_processes(state, ready.device)
+        _check_broken(ready, state)
+    ready.broken[:] = [ready.images.name(int(p)) for p in state["_broken"].nonzero()[:, 0]]
+    if until_written is not None:
+        until_written.runs.append(checkpoint)
+    elif rank == 0:
+        checkpoint.remove()
+
+
+def _over(
+    ready: Session,
+    todo: list[int],
+    step: Callable[[Batch], None],
+    state: Sums,
+    checkpoint: Checkpoint,
+    mine: np.ndarray,
+) -> None:
+    """The loop over this process's batches; ``mine`` tells which are in ``state``."""
+    saves = Saves(checkpoint, ready.options.save_every)
+    with HeldBack() as stops:
+        try:
+            with _progress(ready, len(todo), checkpoint.rank) as progress:
+                for batch, failures in ready.load(todo):
+                    _check_gone(ready, failures, checkpoint)
+                    with stops.batch():
+                        for position, failure in failures:
+                            state["_broken"][position] += 1
+                            _tell_broken(ready, position, failure.reason)
+                        _check_broken(ready, state)
+                        if len(batch):
+                            step(batch)
+                        mine[batch.index] = True
+                    progress.update()
+                    with stops.undisturbed():
+                        saves.now_and_then(state, mine)
+            if checkpoint.keeps:
+                with stops.undisturbed():
+                    saves.now(state, mine)
+        except KeyboardInterrupt:
+            _last_save(saves, stops, state, mine)
+            text = _stopped(todo, mine, checkpoint)
+            raise Interrupted(f"{text} {_way(checkpoint)}", stops.status) from None
+        except Exception as error:
+            _last_save(saves, stops, state, mine)
+            told = _told(ready, error, checkpoint)
+            if told is None:
+                raise
+            raise told from error
+
+
+@contextmanager
+def _together(ready: Session, checkpoint: Checkpoint) -> Iterator[None]:
+    """Around what all processes do together, each having saved what it has done.
+
+    Raises:
+        VitprobeError: another one has ended.
+        Interrupted: on Ctrl-C.
+    """
+    # Who waits for a card hears no signal: there the system is to end the process itself.
+    with HeldBack(takes=ready.device.type != "cuda") as stops:
+        try:
+            with stops.undisturbed():
+                yield
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # Who is asked to stop together with the others sees them end, too.
+            if stops.asked or isinstance(error, KeyboardInterrupt):
+                raise Interrupted(f"Stopped. {_way(checkpoint)}", stops.status) from None
+            if memory.ran_out(error):
+                raise
+            raise VitprobeError(
+                f"Another process of this run has ended before it was done. {_way(checkpoint)}"
+            ) from error
+
+
+def _told(ready: Session, error: Exception, checkpoint: Checkpoint) -> VitprobeError | None:
+    """What a user can do about an exception from the loop, where there is something."""
+    size, text = ready.options.batch_size, str(error)
+    if memory.ran_out(error):
+        return VitprobeError(
+            f"Out of memory on {ready.device} at --batch-size {size}; "
+            + (f"try --batch-size {size // 2}." if size > 1 else "a smaller model may fit.")
+        )
+    # What a dead process has left behind is a broken connection or a word from torch.
+    decoders = ready.workers(len(ready.batches)) > 0
+    broken = decoders and isinstance(error, (ConnectionError, EOFError))
+    if broken or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
+        return VitprobeError(
+            "The system has ended a process that decodes images, as it does when memory is "
+            f"short; with --workers 0 there are none. {_way(checkpoint)}"
+        )
+    return None
+
+
+def _forecast(ready: Session, sums: Sums, scratch: int) -> None:
+    """Warn before the first batch where the run will not fit into memory."""
+    free = memory.free_bytes(ready.device)
+    if free is None:
+        return
+    size, on_host = ready.options.batch_size, ready.device.type == "cpu"
+    # Batches that wait to be taken are in memory too.
+    waiting = 2 * ready.workers(len(ready.batches)) if on_host else 0
+    with ready.autocast():
+        forecast = memory.forecast(
+            [model.module for model in ready.models],
+            ready.example(),
+            min(size, len(ready.images)),
+            waiting,
+            scratch + memory.nbytes(sums.values()),
+        )
+    here = processes.on_this_machine() if on_host else 1
+    warning = forecast.warning(free // here, size) if forecast else None
+    if warning:
+        print(f"vitprobe: {warning}", file=sys.stderr)
+
+
+def _progress(ready: Session, total: int, rank: int) -> Any:
+    silent = ready.options.quiet or rank > 0 or not sys.stderr.isatty()
+    return tqdm(total=total, unit="batch", disable=silent, file=sys.stderr)
+
+
+def _tell_broken(ready: Session, position: int, reason: str) -> None:
+    print(f"skipped {ready.images.name(position)}: {reason}", file=sys.stderr)
+
+
+def _check_broken(ready: Session, state: Sums) -> None:
+    count, n = int((state["_broken"] > 0).sum()), len(ready.images)
+    if count > BROKEN_FRACTION_ALLOWED * n:
+        last = ready.images.name(int(state["_broken"].nonzero()[-1]))
+        raise VitprobeError(
+            f"{count} of {n} images of {ready.images.source} cannot be read (among them: "
+            f"{last}), more than {BROKEN_FRACTION_ALLOWED:.0%}."
+        )
+
+
+def _check_gone(
+    ready: Session, failures: list[tuple[int, Failure]], checkpoint: Checkpoint
+) -> None:
+    """Pictures that vanish in mid-run are not broken: leaving them out would be wrong."""
+    for position, failure in failures:
+        if failure.gone:
+            raise VitprobeError(
+                f"{ready.images.name(position)} of {ready.images.source} cannot be reached any "
+                f"more: {failure.reason}. {_way(checkpoint)}"
+            )
+
+
+def _last_save(saves: Saves, stops: HeldBack, state: Sums, mine: np.ndarray) -> None:
+    """Save, unless the sums hold a part of a batch: then the last save stands."""
+    for _ in range(2):
+        try:
+            with stops.undisturbed():
+                if not stops.torn:
+                    saves.now(state, mine)
+            return
+        except RuntimeError as late:
+            # torch tells of a dead decoder, once, when its signal comes, be it in mid-save.
+            if "DataLoader worker" not in str(late):
+                raise
+
+
+def _stopped(todo: list[int], mine: np.ndarray, checkpoint: Checkpoint) -> str:
+    """How far a run, or this process of several, has come, and how much of that is saved."""
+    if processes.joined():
+        whose, done, count = f" of process {checkpoint.rank}", int(mine[todo].sum()), len(todo)
+    else:
+        whose, done, count = "", int(mine.sum()), len(mine)
+    lost = int(mine.sum()) - checkpoint.saved
+    but = f", the last {lost} of them not saved" if checkpoint.saved and lost else ""
+    return f"Stopped after {done} of {count} batches{whose}{but}."
+
+
+def _way(checkpoint: Checkpoint) -> str:
+    """How to go on after a run that ended early."""
+    # One of several processes may have saved nothing yet where the others have.
+    kept = checkpoint.keeps if processes.joined() else checkpoint.saved
+    return "The same command goes on from there." if kept else "Nothing is kept."

@@ -1,0 +1,320 @@
+"""What a measurement is to the loop, and one pass over the images for any number of them.
+
+A ``Measurement`` holds its options. ``prepare`` looks at an example and gives a ``Watch``, which
+says what it watches in a pass and what it adds up. The passes are made here, once for all
+measurements on the same images; and here is done what every measurement needs: batches that are
+too small, groups for the jackknife, provenance, models that cannot have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.images.sources import Images, open_images
+from vitprobe.models.loading import Model, load_models
+from vitprobe.results.result import Result
+from vitprobe.running.loop import run
+from vitprobe.running.options import Options
+from vitprobe.running.session import Batch, Session, Sums, session
+from vitprobe.statistics.hsic import MAX_GROUPS
+
+
+class Watch:
+    """One measurement in one session; subclasses fill in what it watches.
+
+    Attributes:
+        ready: the session of its models; numbers of models below are numbers in it.
+        sums: float64 totals over images, made by ``ready.sums``; everything else is derived.
+        decides: what decides the result beside the session's own facts.
+        scratch: bytes needed for a batch beside the forward passes.
+        groups: into how many groups the batches are dealt out, for standard errors.
+        used: (groups,) how many batches are in each.
+    """
+
+    def __init__(
+        self,
+        ready: Session,
+        sums: Sums,
+        decides: dict[str, Any],
+        *,
+        scratch: int = 0,
+        groups: int | None = None,
+    ) -> None:
+        self.ready, self.sums, self.decides, self.scratch = ready, sums, decides, scratch
+        self.groups = groups or min(MAX_GROUPS, len(ready.batches))
+        self.used = ready.sums(used=(self.groups,))["used"]
+
+    def group(self, batch: Batch) -> int:
+        """The group that a batch is in."""
+        return batch.index % self.groups
+
+    def watching(self, m: int, batch: Batch) -> AbstractContextManager[Any]:
+        """Around the forward pass of model ``m``: hooks, observers."""
+        return nullcontext()
+
+    def end(self, batch: Batch) -> None:
+        """After the passes of all models: passes of its own, and the batch into ``sums``."""
+
+    def result(self, meta: dict[str, Any]) -> Result:
+        """The result from the totals."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The options of a measurement; subclasses are frozen dataclasses of them.
+
+    Attributes:
+        analysis: its name, that of its module.
+        at_least: images that it needs in a batch.
+        gradients: its passes need autograd, so it shares them with no other measurement.
+    """
+
+    analysis: ClassVar[str] = ""
+    at_least: ClassVar[int] = 1
+    gradients: ClassVar[bool] = False
+
+    def on(
+        self, models: list[Model], images: Any, options: Options
+    ) -> tuple[Measurement, Any, Options]:
+        """The measurement as it is made on these images, and which of them it looks at.
+
+        Measurements that look at the same images share their passes.
+        """
+        return self, images, options
+
+    def over(self, ready: Session) -> list[list[int]]:
+        """The sets of models that it is made on in a run of several measurements, by number."""
+        return [list(range(len(ready.models)))]
+
+    def prepare(self, ready: Session) -> Watch:
+        """Choose what to watch.
+
+        Raises:
+            NotApplicable: a model that cannot have it; ``model`` names it.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class _Part:
+    """A measurement under way, on some of the session's models."""
+
+    name: str
+    measurement: Measurement
+    watch: Watch
+    chosen: list[int]
+    without: dict[str, str]
+    left_out: Tensor
+
+    def state(self) -> Sums:
+        sums = {**self.watch.sums, "used": self.watch.used, "left_out": self.left_out}
+        return {f"{self.name}.{name}": total for name, total in sums.items()}
+
+
+class Results(dict[str, Result]):
+    """Results by name, and why some are not there.
+
+    Attributes:
+        missing: name of a measurement -> why none of the models can have it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing: dict[str, str] = {}
+
+
+def check_batch_size(options: Options, at_least: int) -> None:
+    """Raise VitprobeError where batches are too small for an estimator."""
+    if options.batch_size < at_least:
+        raise VitprobeError(
+            f"CKA needs batches of at least {at_least} images, not --batch-size "
+            f"{options.batch_size}."
+        )
+
+
+def check_finite(finite: bool | Tensor, label: str, model: Model, what: str = "layer") -> None:
+    """Raise VitprobeError, which names the layer, where a value is not finite."""
+    if not finite:
+        raise VitprobeError(
+            f"The layer {label} of {model.name} is not finite; it is the first such {what}."
+        )
+
+
+def measure_one(
+    measurement: Measurement, models: Any, images: Any = None, options: Options | None = None
+) -> Any:
+    """The result of one measurement, which all of the models must be able to have.
+
+    Raises:
+        VitprobeError: see the measurement; unknown models or images; activations not finite.
+    """
+    options = options or Options()
+    loaded = load_models(models, options.image_size, options.seed, options.names)
+    measurement, images, options = measurement.on(loaded, images, options)
+    with _opened([measurement], loaded, images, options) as ready:
+        watch = measurement.prepare(ready)
+        part = _part(measurement.analysis, measurement, watch, list(range(len(loaded))), {}, ready)
+        _run(ready, [part])
+        return _result(part)
+
+
+def measure_each(
+    measurements: dict[str, Measurement],
+    models: Any,
+    images: Any = None,
+    options: Options | None = None,
+) -> Results:
+    """Results by name, from one pass over the images for all that look at the same.
+
+    A model that cannot have a measurement is left out of that one, and its result says so
+    (``meta["without"]``); where none can have it, ``missing`` says why.
+    """
+    options = options or Options()
+    loaded = load_models(models, options.image_size, options.seed, options.names)
+    found = Results()
+    for shared in _shared(measurements, loaded, images, options, found).values():
+        parts: list[_Part] = []
+        images_of, options_of = shared[0][2:]
+        with _opened([one for _, one, _, _ in shared], loaded, images_of, options_of) as ready:
+            for name, measurement, _, _ in shared:
+                try:
+                    parts += _prepared(name, measurement, ready)
+                except NotApplicable as error:
+                    found.missing[name] = str(error)
+            if parts:
+                _run(ready, parts)
+            for part in parts:
+                found[part.name] = _result(part)
+    in_order = Results()
+    in_order.missing = found.missing
+    order = list(measurements)
+    in_order.update(sorted(found.items(), key=lambda one: order.index(one[0].partition(": ")[0])))
+    return in_order
+
+
+def _shared(
+    measurements: dict[str, Measurement],
+    loaded: list[Model],
+    images: Any,
+    options: Options,
+    found: Results,
+) -> dict[Any, list[tuple[str, Measurement, Any, Options]]]:
+    """Measurements by the images that they look at, and whether they need gradients."""
+    shared: dict[Any, list[tuple[str, Measurement, Any, Options]]] = {}
+    opened: dict[Any, Images] = {}
+    for name, measurement in measurements.items():
+        try:
+            one, images_of, options_of = measurement.on(loaded, images, options)
+        except NotApplicable as error:
+            found.missing[name] = str(error)
+            continue
+        at = id(images_of), options_of.num_images, options_of.seed
+        if at not in opened:
+            opened[at] = open_images(images_of, options_of.num_images, options_of.seed)
+        chosen = opened[at]
+        key = chosen.digest, options_of.batch_size, one.gradients
+        settings = replace(options_of, num_images=None)
+        shared.setdefault(key, []).append((name, one, chosen, settings))
+    return shared
+
+
+@contextmanager
+def _opened(
+    measurements: Sequence[Measurement], models: list[Model], images: Any, options: Options
+) -> Iterator[Session]:
+    at_least = max(one.at_least for one in measurements)
+    gradients = measurements[0].gradients
+    # Backward passes take as long channels last.
+    with session(models, images, options, at_least=at_least, lay_out=not gradients) as ready:
+        check_batch_size(ready.options, at_least)
+        yield ready
+
+
+def _prepared(name: str, measurement: Measurement, ready: Session) -> list[_Part]:
+    """A measurement on all models that can have it; more than one where it is made on sets.
+
+    Raises:
+        NotApplicable: none can.
+    """
+    everything = list(range(len(ready.models)))
+    parts = []
+    for chosen in measurement.over(ready):
+        of = "" if chosen == everything else ", ".join(ready.models[m].name for m in chosen)
+        label = f"{name}: {of}" if of else name
+        without: dict[str, str] = {}
+        while True:
+            session_of = ready if chosen == everything else ready.subset(chosen)
+            try:
+                watch = measurement.prepare(session_of)
+                break
+            except NotApplicable as error:
+                left = [m for m in chosen if ready.models[m].name != error.model]
+                if not left or len(left) == len(chosen):
+                    raise
+                chosen, without[error.model] = left, str(error)
+        parts.append(_part(label, measurement, watch, chosen, without, ready))
+    return parts
+
+
+def _part(
+    name: str,
+    measurement: Measurement,
+    watch: Watch,
+    chosen: list[int],
+    without: dict[str, str],
+    ready: Session,
+) -> _Part:
+    return _Part(name, measurement, watch, chosen, without, ready.sums(n=())["n"])
+
+
+def _run(ready: Session, parts: list[_Part]) -> None:
+    """One pass over the images for all parts."""
+    sums = {name: total for part in parts for name, total in part.state().items()}
+
+    def step(batch: Batch) -> None:
+        active = []
+        for part in parts:
+            if len(batch) < part.measurement.at_least:
+                part.left_out += len(batch)
+            else:
+                active.append((part, batch.of(part.chosen)))
+        for m in range(len(ready.models)):
+            mine = [(part, of) for part, of in active if m in part.chosen]
+            if not mine:
+                continue
+            with ExitStack() as stack:
+                for part, of in mine:
+                    stack.enter_context(part.watch.watching(part.chosen.index(m), of))
+                ready.forward(m, batch)
+        for part, of in active:
+            part.watch.end(of)
+            part.watch.used[part.watch.group(batch)] += 1
+
+    run(
+        ready,
+        step,
+        sums,
+        decides={part.name: part.watch.decides for part in parts},
+        gradients=any(part.measurement.gradients for part in parts),
+        scratch=max(part.watch.scratch for part in parts),
+    )
+
+
+def _result(part: _Part) -> Result:
+    watch, at_least = part.watch, part.measurement.at_least
+    if len(watch.ready.batches) and not watch.used.sum():
+        raise VitprobeError(f"No batch of at least {at_least} readable images was left.")
+    meta = watch.ready.meta(part.measurement.analysis)
+    meta["replicates"] = int((watch.used > 0).sum())
+    meta["left_out"] = int(part.left_out)
+    meta["n"] -= meta["left_out"]
+    if part.without:
+        meta["without"] = part.without
+    return watch.result(meta)
