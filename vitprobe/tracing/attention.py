@@ -17,11 +17,10 @@ from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.tracing.attention_map import AttentionLayer, AttentionMap, map_attention
 from vitprobe.tracing.attention_operations import AttentionObserver, Operation, joined
 from vitprobe.tracing.observing import observing
+from vitprobe.tracing.rounding import decide, row_tolerance, same_twice, suspects
 
 __all__ = ["AttentionLayer", "AttentionMap", "map_attention", "observe"]
 
-# How far softmax(qk)v may be from what the layer put out, relative to its largest value.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Elements of a block of probabilities: near the caches of a CPU, few large launches elsewhere.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**21, 2**25
 
@@ -98,17 +97,18 @@ class _Observer(AttentionObserver):
         shape = layer.queries.shape[1], layer.keys.shape[1]
         probabilities = None
         if operation.twice is not None:
-            out, again = operation.twice
-            self._check_output(layer, again, out)
+            self._check_twice(layer, *operation.twice)
         if operation.map is not None:
             probabilities = layer.arrange(operation.map)
             n, found = len(probabilities), tuple(probabilities.shape[-2:])
         else:
-            query = layer.arrange(operation.full(operation.query))
-            key = layer.arrange(operation.full(operation.key))
             assert operation.value is not None and operation.out is not None
-            value = layer.arrange(operation.full(operation.value))
             out = layer.arrange(operation.out)
+            # Autocast rounds what it is given only within the operation.
+            query, key, value = (
+                layer.arrange(operation.full(one)).to(out.dtype)
+                for one in (operation.query, operation.key, operation.value)
+            )
             mask = _mask(layer, operation, query.shape[-2], key.shape[-2])
             n, found = len(query), (query.shape[-2], key.shape[-2])
         if found != shape:
@@ -120,7 +120,7 @@ class _Observer(AttentionObserver):
             if probabilities is not None:
                 block = _wide(probabilities[images, :, :, queries])
                 if operation.altered:
-                    self._check_rows(layer, block)
+                    self._check_rows(layer, block, probabilities.dtype)
             else:
                 rows = None if mask is None else mask[images, :, :, queries]
                 wide = None if rows is None or rows.dtype == torch.bool else _wide(rows)
@@ -128,28 +128,46 @@ class _Observer(AttentionObserver):
                     _wide(query[images, :, :, queries]), _wide(key[images]),
                     rows if wide is None else wide, operation.scale,
                 )  # fmt: skip
-                self._check_output(layer, block @ _wide(value[images]), out[images, :, :, queries])
+                wide_value = _wide(value[images])
+                self._check_output(
+                    layer, block @ wide_value, out[images, :, :, queries],
+                    query[images, :, :, queries], key[images], wide_value, rows, operation.scale,
+                )  # fmt: skip
             yield block, images, queries
 
-    def _check_output(self, layer: AttentionLayer, own: Tensor, out: Tensor) -> None:
-        """softmax(qk)v must be what the layer put out."""
-        allowed = _TOLERANCE[out.dtype] * max(1.0, float(out.abs().max()))
-        off = float((own - out).abs().max())
+    def _check_output(
+        self, layer: AttentionLayer, own: Tensor, out: Tensor, query: Tensor, key: Tensor,
+        value: Tensor, mask: Tensor | None, scale: float,
+    ) -> None:  # fmt: skip
+        """softmax(qk)v must be what the layer put out, as far as rounding goes."""
+        rows = suspects(own, out, query, key, value, scale)
+        if rows is not None:
+            self._refuse(layer, decide(rows, own, out, query, key, value, mask, scale))
+
+    def _check_twice(
+        self, layer: AttentionLayer, out: Tensor, again: Tensor, exactly: Callable[[], Tensor]
+    ) -> None:
+        """A module must put out the same with its weights and without."""
+        self._refuse(layer, same_twice(out, again, exactly))
+
+    def _refuse(self, layer: AttentionLayer, found: tuple[float, float] | None) -> None:
+        if found is None:
+            return
+        off, allowed = found
         if off != off:
             raise VitprobeError(
                 f"The attention of {layer.label} of {self.attention.model} is not finite; it is "
                 f"the first such layer."
             )
-        if off > allowed:
-            raise VitprobeError(
-                f"The attention recomputed for {layer.label} of {self.attention.model} does not "
-                f"give what the layer put out: off by {off:.1e}, {allowed:.1e} allowed."
-            )
+        raise VitprobeError(
+            f"The attention recomputed for {layer.label} of {self.attention.model} does not "
+            f"give what the layer put out: off by {off:.1e}, where rounding explains {allowed:.1e}."
+        )
 
-    def _check_rows(self, layer: AttentionLayer, block: Tensor) -> None:
+    def _check_rows(self, layer: AttentionLayer, block: Tensor, dtype: torch.dtype) -> None:
         """A map that was changed after its softmax must still be one of probabilities."""
         off = max(float((block.sum(-1) - 1).abs().max()), -float(block.min()))
-        if not off <= 1e-3:
+        if not off <= row_tolerance(dtype, block.shape[-1]):
             raise NotApplicable(
                 f"{layer.label} of {self.attention.model} changes its attention after the softmax: "
                 f"the rows are no probabilities (off by {off:.1e}).",

@@ -13,8 +13,9 @@ what it put out without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class Operation:
         mask, causal, scale, grouped: of ``scaled_dot_product_attention``.
         softmax: the softmax that made the map, among those of the pass.
         length_first: queries and keys are (length, images, features), heads side by side.
-        twice: what the module put out, and what it puts out when it also gives its weights.
+        twice: what the module put out, what it puts out when it also gives its weights, and a
+            function that computes the latter in float64.
     """
 
     out: Tensor | None
@@ -61,7 +63,7 @@ class Operation:
     scale: float = 1.0
     grouped: bool = False
     length_first: bool = False
-    twice: tuple[Tensor, Tensor] | None = None
+    twice: tuple[Tensor, Tensor, Callable[[], Tensor]] | None = None
 
     def leading(self) -> tuple[int, ...]:
         """The axes before (queries, keys): images, windows, heads."""
@@ -127,8 +129,9 @@ def _recognise(
         again, weights = function(*args, **asked)
         if weights is not None and weights.ndim == 4:
             yield Operation(
-                None, args[0], args[1], map=weights, length_first=True, twice=(result[0], again)
-            )
+                None, args[0], args[1], map=weights, length_first=True,
+                twice=(result[0], again, partial(_exactly, function, args, asked)),
+            )  # fmt: skip
     elif function in PRODUCTS:
         left, right = args[0], args[1]
         if (tag := _tag(left)) and not tag.turned:
@@ -139,6 +142,16 @@ def _recognise(
             yield Operation(result.mT, map_, value, value, map_, tag.altered, tag.softmax)
     else:
         _carry_tag(function, args, result)
+
+
+def _exactly(function: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def wide(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.cpu() if value.device.type == "mps" else value
+        return value.double() if value.is_floating_point() else value
+
+    return function(*map(wide, args), **{name: wide(value) for name, value in kwargs.items()})[0]
 
 
 def _over_keys(args: tuple, kwargs: dict[str, Any], result: Tensor) -> bool:
