@@ -144,7 +144,8 @@ def test_wide_maps_are_thinned_to_the_middles_of_their_stretches(side, kept, ste
     module = nn.Sequential(nn.Identity(), nn.ReLU())
     example = torch.randn(2, 3, side, side)
     layer = map_layers("net", module, example).choose("1")[0]
-    places = find_places(layer, module, (side, side)).thinned(16)
+    (places,) = find_places(module, [layer], example)
+    places = places.thinned(16)
     assert (places.rows, places.columns, places.step) == (kept, kept, step)
     column = torch.arange(side).expand(1, 1, side, side)
     taken = places.spatial(column)[0, :kept, 0]

@@ -177,8 +177,11 @@ def test_vit_against_its_own_drop_path_branches():
     assert result.ratio.shape == (12, 5)
     assert result.kind.tolist() == ["attention", "MLP"] * 6
     assert result.meta["layouts"] == [
-        {"tokens": 5, "prefix": 1, "has_class": True, "attends": True}
-    ]
+        {
+            "tokens": 5, "without_place": [0], "class_token": 0, "has_class": True,
+            "attends": True,
+        }
+    ]  # fmt: skip
     with torch.no_grad():
         z = net._pos_embed(net.patch_embed(x))
         for i, block in enumerate(net.blocks):

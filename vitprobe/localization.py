@@ -38,7 +38,6 @@ from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, bootstrap_error, jac
 from vitprobe.statistics.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.places import (
-    CHANNELS_FIRST,
     CLASS_TOKEN,
     CONVOLUTION,
     MEAN_OF_TOKENS,
@@ -333,8 +332,7 @@ def _scratch(ready: Session, placed: list[Placed], grids: list[Places]) -> int:
     for one, grid in zip(placed, grids):
         places, example = grid.rows * grid.columns, examples[one.model]
         patch = example[0].numel() // places
-        width = one.layer.shape[0 if one.places.form == CHANNELS_FIRST else -1]
-        most = max(most, scratch_bytes(n, places, max(width, patch)))
+        most = max(most, scratch_bytes(n, places, max(one.places.features, patch)))
     return most
 
 

@@ -38,7 +38,7 @@ from vitprobe.running.session import Batch, Options, Session, Sums, session
 from vitprobe.statistics.hsic import jackknife
 from vitprobe.tracing.centre_gradients import Site, centres, frozen, rows_of_jacobian
 from vitprobe.tracing.layers import map_layers
-from vitprobe.tracing.places import find_places
+from vitprobe.tracing.places import Places, find_places
 from vitprobe.tracing.theoretical_field import theoretical_fields
 
 CHANNELS, NUM_IMAGES, BATCH_SIZE = 32, 32, 8
@@ -307,7 +307,7 @@ def measure(
             show trained beside untrained.
         images: see ``open_images``; the bundled digit scenes by default.
         layers: ``blocks``, ``paper``, ``all``, or names with wildcards. Those without places on the
-            picture (windows, pooled vectors) are left out.
+            image (pooled vectors, mixtures of all tokens) are left out.
         channels: how many random channels of a layer, or ``all``.
         signed: |mean over channels of ∂|, another quantity: channels cancel.
         pre_residual: instead of the layers, the residual additions of their modules: what the
@@ -395,13 +395,13 @@ def _plan(
             owners = {layer.module for layer in chosen}
             chosen = [la for la in found.layers if la.addition and la.module in owners]
         sites = []
-        for layer in chosen:
-            places = find_places(layer, model.module, side)
-            if places and pre_residual:
+        for layer, places in zip(chosen, find_places(model.module, chosen, example)):
+            if not isinstance(places, Places):
+                continue
+            if pre_residual:
                 label = layer.label.replace(" sum", " branch")
                 sites.append(Site(label, layer, places, branch=True))
-            if places:
-                sites.append(Site(layer.label, layer, places))
+            sites.append(Site(layer.label, layer, places))
         if not sites:
             raise NotApplicable(
                 f"No layer of {model.name} that was asked for has a centre.", model.name

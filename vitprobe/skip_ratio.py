@@ -34,7 +34,7 @@ from vitprobe.running.loop import run
 from vitprobe.running.session import Batch, Options, Session, Sums, session
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.tracing.layers import Layer, LayerMap, map_layers
-from vitprobe.tracing.places import CHANNELS_FIRST, find_places
+from vitprobe.tracing.places import Places, find_places
 from vitprobe.tracing.trace import Addition, AdditionHooks
 
 ATTENTION, MLP, CONVOLUTION = "attention", "MLP", "convolution"
@@ -164,7 +164,8 @@ class SkipRatioResult(Result):
         for one, kind in zip(axes, kinds):
             shown = values[self.of(model, kind), :tokens]
             image = drawing.heat_map(one, shown, vmin=low, vmax=max(high, low + 1e-6))
-            one.set_xlabel("token" + (", 0 = class" if self._has_class(model) else ""))
+            number = self._class_token(model)
+            one.set_xlabel("token" + ("" if number is None else f", {number} = class"))
             names = [str(name) for name in self.layers[self.of(model, kind)]]
             drawing.layer_axis(one.yaxis, names, "")
             one.set_title(f"{self.models[model]}: {kind}")
@@ -173,8 +174,14 @@ class SkipRatioResult(Result):
         bar.set_ticks(np.log10(ticks).tolist(), labels=labels)
         bar.set_label("‖z‖ / ‖f(z)‖")
 
-    def _has_class(self, model: int) -> bool:
-        return self.meta["layouts"][model]["has_class"]
+    def _class_token(self, model: int) -> int | None:
+        layout = self.meta["layouts"][model]
+        # Files of earlier versions hold tokens before the patches only.
+        return layout.get("class_token", 0) if layout["has_class"] else None
+
+    def _without_place(self, model: int) -> list[int]:
+        layout = self.meta["layouts"][model]
+        return layout.get("without_place", list(range(layout.get("prefix", 0))))
 
     def _lines(self, ax: Any, what: str) -> None:
         """Against depth from 0 to 1: spatial mean and class token, one line for each kind."""
@@ -183,13 +190,14 @@ class SkipRatioResult(Result):
         )  # fmt: skip
         colours = cycle(drawing.COLOURS)
         for model, name in enumerate(self.models):
-            order, prefix = self.of(model), self.meta["layouts"][model]["prefix"]
-            mean = self.spatial if what == "ratio" else _nanmean(values[:, prefix:])
+            order, number = self.of(model), self._class_token(model)
+            there = np.setdiff1d(np.arange(values.shape[1]), self._without_place(model))
+            mean = self.spatial if what == "ratio" else _nanmean(values[:, there])
             error = self.spatial_se if what == "ratio" else np.full_like(mean, np.nan)
             tokens = {"": (mean, error, next(colours), "")}
-            if self._has_class(model):
+            if number is not None:
                 tokens = {" spatial tokens": tokens[""]}
-                tokens[" class token"] = values[:, 0], errors[:, 0], next(colours), "o"
+                tokens[" class token"] = values[:, number], errors[:, number], next(colours), "o"
             for (label, line), kind in product(tokens.items(), _LINES):
                 value, error, colour, marker = line
                 rows = self.of(model, kind)
@@ -233,7 +241,7 @@ class SkipRatioResult(Result):
         decided = partial(decide, replicates=self.meta["n"])
         for model, name in enumerate(self.models):
             first, second, _ = logs[model]
-            if not self._has_class(model):
+            if self._class_token(model) is None:
                 continue
             found.append(
                 Finding(
@@ -310,6 +318,7 @@ class _Plan:
     axes: list[int]  # of the channels, images first
     kinds: list[str]
     tokens: int
+    without_place: list[tuple[int, ...]]  # tokens of each addition
     layout: dict[str, Any]
 
 
@@ -322,29 +331,46 @@ def _plan(ready: Session, m: int, example: Tensor) -> _Plan:
         raise NotApplicable(
             f"{model.name} has no residual additions: no skips to measure.", model.name
         )
-    side = example.shape[-2], example.shape[-1]
-    places = [find_places(layer, model.module, side) for layer in layers]
-    shapes: set[tuple[int, ...]] = {
-        layer.shape[:1] if len(layer.shape) == 2 else () for layer in layers
-    }
-    apart = len(shapes) == 1 and () not in shapes
+    with ready.autocast():
+        places = [
+            one if isinstance(one, Places) else None
+            for one in find_places(model.module, layers, example)
+        ]
+    counts = {_tokens(layer, place) for layer, place in zip(layers, places)}
+    apart = len(counts) == 1 and 0 not in counts
     axes = [
-        1 if place and place.form == CHANNELS_FIRST else -1 if place else _axis(layer, found)
+        _feature_axis(layer, place) if place else _axis(layer, found)
         for layer, place in zip(layers, places)
     ]
-    known = places[0] if apart and places[0] else None
+    bare = [place.without_place if place else () for place in places]
+    # Tokens have columns of their own where they stay the same ones.
+    known = places[0] if apart and len(set(bare)) == 1 else None
     return _Plan(
         layers,
         axes,
         [_kind(layer.addition, found.modules) for layer in layers if layer.addition],
-        shapes.pop()[0] if apart else 1,
+        counts.pop() if apart else 1,
+        bare,
         {
-            "tokens": layers[0].shape[0] if apart else 1,
-            "prefix": known.prefix if known else 0,
+            "tokens": _tokens(layers[0], places[0]) if apart else 1,
+            "without_place": sorted(known.without_place) if known else [],
+            "class_token": known.class_token if known else None,
             "has_class": bool(known and known.has_class),
             "attends": found.has_attention,
         },
     )
+
+
+def _tokens(layer: Layer, places: Places | None) -> int:
+    """How many tokens a layer has; 0 where it is a map."""
+    if places is None:
+        return layer.shape[0] if len(layer.shape) == 2 else 0
+    return 0 if places.is_map else places.lengths[0]
+
+
+def _feature_axis(layer: Layer, places: Places) -> int:
+    features = [axis for axis in range(1, len(layer.shape) + 1) if axis not in places.axes]
+    return features[0] if len(features) == 1 else -1
 
 
 def _kind(addition: Addition, modules: dict[str, nn.Module]) -> str:
@@ -371,7 +397,7 @@ def _axis(layer: Layer, found: LayerMap) -> int:
 
 def _step(ready: Session, inputs: Tensor, m: int, plan: _Plan, start: int, sums: Sums) -> None:
     logs: list[tuple[Tensor, Tensor]] = [(inputs, inputs)] * len(plan.layers)
-    prefix = plan.layout["prefix"]
+    number = plan.layout["class_token"] or 0
 
     def take(i: int, skip: Tensor, branch: Tensor) -> None:
         layer = plan.layers[i]
@@ -383,7 +409,8 @@ def _step(ready: Session, inputs: Tensor, m: int, plan: _Plan, start: int, sums:
                 f"first such addition."
             )
         ratio, cosine = ratio_and_cosine(*parts)
-        spatial = ratio[:, prefix:].nanmean(1)
+        there = np.setdiff1d(np.arange(ratio.shape[1]), plan.without_place[i])
+        spatial = ratio[:, there].nanmean(1)
         zeros = ratio.isnan()
         if plan.tokens == 1:
             ratio, cosine, zeros = (
@@ -394,7 +421,7 @@ def _step(ready: Session, inputs: Tensor, m: int, plan: _Plan, start: int, sums:
         add_moments(sums, "cosine", (row, slice(0, plan.tokens)), cosine)
         add_moments(sums, "spatial", (row,), spatial)
         sums["zeros"][row, : plan.tokens] += zeros.sum(0)
-        logs[i] = spatial.log(), ratio[:, 0].log()
+        logs[i] = spatial.log(), ratio[:, number].log()
 
     hooks: Any = {layer.addition: partial(take, i) for i, layer in enumerate(plan.layers)}
     with AdditionHooks(ready.models[m].module, before=hooks), ready.autocast():

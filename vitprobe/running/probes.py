@@ -1,8 +1,9 @@
 """Linear probes for all layers and readouts of several models, in passes over the images.
 
-A layer gives each image a row of vectors: its places, the tokens before them, and the mean of its
-places. Each vector gets a probe, and so do all places and tokens side by side: the Gram of their
-standardised features is the sum of the Grams of the vectors, so it costs no product of its own.
+A layer gives each image a row of vectors: its places, its tokens without a place (the class token
+first), and the mean of its places. Each vector gets a probe, and so do all places and tokens side
+by side: the Gram of their standardised features is the sum of the Grams of the vectors, so it costs
+no product of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vitprobe.running.loop import run
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.ridge import PENALTIES, dual, ridge, signed_targets, standardise
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.places import CHANNELS_FIRST, TOKENS, Placed, Places
+from vitprobe.tracing.places import Placed, Places
 
 READOUTS = ("tokens", "CLS", "first patch", "mean", "all")
 # Features of one draw, and the matrices of all solutions at a time, stay below these.
@@ -91,14 +92,13 @@ class TestCounts:
 
 
 def vectors(tensor: Tensor, places: Places, grid: tuple[int, int]) -> Tensor:
-    """(n, places + prefix + 1, features): places on the grid, prefix tokens, mean of places."""
+    """(n, vectors, features): places on the grid, tokens without a place, mean of places."""
     spatial = places.spatial(tensor)
     mean = spatial.mean(1, keepdim=True)
     if (places.rows, places.columns) != grid:
         maps = spatial.mT.unflatten(2, (places.rows, places.columns))
         spatial = adaptive_avg_pool2d(maps, grid).flatten(2).mT
-    before = [tensor[:, : places.prefix]] if places.form == TOKENS else []
-    return torch.cat([spatial, *before, mean], 1)
+    return torch.cat([spatial, places.rest(tensor), mean], 1)
 
 
 def fit_probe(features: Tensor, labels: Tensor, classes: int) -> Probe:
@@ -244,9 +244,8 @@ def _grids(placed: list[Placed]) -> list[tuple[int, int]]:
 
 def _shape(placed: list[Placed], i: int) -> tuple[int, int]:
     """How many vectors a layer gives, and their features."""
-    one, (rows, columns) = placed[i], _grids(placed)[i]
-    width = one.layer.shape[0 if one.places.form == CHANNELS_FIRST else -1]
-    return rows * columns + one.places.prefix + 1, width
+    places, (rows, columns) = placed[i].places, _grids(placed)[i]
+    return rows * columns + len(places.without_place) + 1, places.features
 
 
 def _features(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import Layer
-from vitprobe.tracing.places import CHANNELS_FIRST, TOKENS, Places
+from vitprobe.tracing.places import Places
 from vitprobe.tracing.trace import AdditionHooks
 
 
@@ -37,16 +37,11 @@ class Site:
 
     @property
     def channels(self) -> int:
-        return self.layer.shape[0 if self.places.form == CHANNELS_FIRST else -1]
+        return self.places.features
 
     def at_centre(self, tensor: Tensor) -> Tensor:
         """(n, channels) of the layer's tensor with its images first."""
-        row, column = self.centre
-        if self.places.form == TOKENS:
-            return tensor[:, self.places.prefix + row * self.places.columns + column]
-        if self.places.form == CHANNELS_FIRST:
-            return tensor[:, :, row, column]
-        return tensor[:, row, column]
+        return self.places.at(tensor, *self.centre)
 
 
 @contextmanager

@@ -1,68 +1,122 @@
-"""Where on the picture the parts of a layer lie: tokens or map locations on a grid.
+"""Where on the image the vectors of a layer stand: tokens or map locations on a grid.
 
-A layer's output is a list of tokens, of which some before the patches (class token, registers) lie
-nowhere, or a map with its channels first or last. The grid has the picture's proportions.
+One watched pass tells (``tracing.tokens``): every vector of a layer has a place, or stands nowhere,
+as class tokens, registers and prompts do, before, behind or amid the patches. The vectors that have
+a place form the grid, whatever their order. A second pass tells which of those without a place is
+the class token: the one that the model's own output reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isqrt
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import NotApplicable
 from vitprobe.models.loading import Model
+from vitprobe.tracing.capture import capture
+from vitprobe.tracing.class_token import as_they_are, class_tokens
 from vitprobe.tracing.layers import Layer, map_layers
+from vitprobe.tracing.observing import observing
+from vitprobe.tracing.tokens import (
+    IMAGE_STEP,
+    TOLERANCE_PX,
+    Following,
+    Place,
+    compact,
+    middle,
+    place_of,
+    put_pixels,
+    spread,
+)
 
-MAX_PREFIX = 16
-TOKENS, CHANNELS_FIRST, CHANNELS_LAST = "tokens", "channels first", "channels last"
 # What a trained model's own output reads; the papers' claims are about models of one kind.
 CLASS_TOKEN, MEAN_OF_TOKENS, ON_MAPS = "class token", "mean of tokens", "attention on maps"
 CONVOLUTION, UNTRAINED = "convolution", "untrained"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Places:
     """The grid of a layer.
 
     Attributes:
-        rows: of the grid.
-        columns: of the grid.
-        form: ``tokens``, ``channels first`` or ``channels last``.
-        prefix: tokens before those of the patches.
+        order: (rows, columns) which of the layer's vectors stands where.
+        axes: those that count the vectors, in a tensor of the layer with its images first.
+        lengths: of these axes.
+        features: of a vector.
+        without_place: the vectors that stand nowhere, the class token first.
         has_class: whether the first of these is a class token.
         step: 1, or k where only every k-th row and column of a map is looked at.
     """
 
-    rows: int
-    columns: int
-    form: str = TOKENS
-    prefix: int = 0
+    order: np.ndarray
+    axes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    features: int
+    without_place: tuple[int, ...] = ()
     has_class: bool = False
     step: int = 1
 
     def __len__(self) -> int:
-        return self.rows * self.columns
+        return self.order.size
+
+    @property
+    def rows(self) -> int:
+        return self.order.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.order.shape[1]
+
+    @property
+    def is_map(self) -> bool:
+        """Whether several axes count the vectors: rows and columns, or windows and tokens."""
+        return len(self.axes) > 1
+
+    @property
+    def class_token(self) -> int | None:
+        """Which vector it is."""
+        return self.without_place[0] if self.has_class else None
+
+    def vectors(self, tensor: Tensor) -> Tensor:
+        """(n, vectors, features) of a layer's tensor with its images first, in its own order."""
+        features = [axis for axis in range(1, tensor.ndim) if axis not in self.axes]
+        tensor = tensor.permute(0, *self.axes, *features).flatten(1, len(self.axes))
+        return tensor.flatten(2) if features else tensor.unsqueeze(2)
 
     def spatial(self, tensor: Tensor) -> Tensor:
-        """(n, places, features), row by row, of a layer's tensor with its images first."""
-        if self.form == TOKENS:
-            return tensor[:, self.prefix :]
-        if self.form == CHANNELS_FIRST:
-            tensor = tensor.permute(0, 2, 3, 1)
-        chosen = slice(self.step // 2, None, self.step)
-        return tensor[:, chosen, chosen][:, : self.rows, : self.columns].flatten(1, 2)
+        """(n, places, features), row by row."""
+        vectors, order = self.vectors(tensor), self.order.ravel()
+        if np.array_equal(order, np.arange(order[0], order[0] + order.size)):
+            return vectors[:, order[0] : order[0] + order.size]
+        return vectors.index_select(1, torch.from_numpy(order).to(tensor.device))
+
+    def rest(self, tensor: Tensor) -> Tensor:
+        """(n, vectors without a place, features), the class token first."""
+        index = torch.tensor(self.without_place, dtype=torch.long, device=tensor.device)
+        return self.vectors(tensor).index_select(1, index)
+
+    def at(self, tensor: Tensor, row: int, column: int) -> Tensor:
+        """(n, features) of one place."""
+        index = np.unravel_index(int(self.order[row, column]), self.lengths)
+        for axis, i in sorted(zip(self.axes, index), reverse=True):
+            tensor = tensor.select(axis, int(i))
+        return tensor.reshape(len(tensor), -1)
 
     def thinned(self, most: int) -> Places:
         """The same grid if it is of tokens or has at most so many a side, else a regular subset."""
         step = -(-max(self.rows, self.columns) // most)
-        if self.form == TOKENS or step == 1:
+        if not self.is_map or step == 1:
             return self
-        kept = [max(1, (side - step // 2 - 1) // step + 1) for side in (self.rows, self.columns)]
-        return replace(self, rows=kept[0], columns=kept[1], step=step)
+        # The middles of stretches of this length; of a short side, at least one.
+        rows, columns = (
+            np.arange(step // 2, side, step) if side > step // 2 else np.array([side // 2])
+            for side in (self.rows, self.columns)
+        )
+        return replace(self, order=self.order[np.ix_(rows, columns)], step=step)
 
 
 @dataclass(frozen=True)
@@ -100,17 +154,13 @@ def placed_layers(
     found, kinds = [], []
     for index, (model, example) in enumerate(zip(models, examples)):
         layer_map = map_layers(model.name, model.module, example)
-        side = (int(example.shape[-2]), int(example.shape[-1]))
-        chosen = [
-            (layer, find_places(layer, model.module, side)) for layer in layer_map.choose(names)
-        ]
-        kept = [(layer, places) for layer, places in chosen if places is not None]
+        layers = layer_map.choose(names)
+        chosen = list(zip(layers, find_places(model.module, layers, example)))
+        kept = [(layer, places) for layer, places in chosen if isinstance(places, Places)]
         if not kept or (len(kept) < len(chosen) and not {"blocks", "all", "paper"} & set(names)):
-            bare = next(layer for layer, places in chosen if places is None)
+            bare, why = next(one for one in chosen if not isinstance(one[1], Places))
             raise NotApplicable(
-                f"The layer {bare.label} of {model.name} has no grid of places: an image's part of "
-                f"it is {' × '.join(map(str, bare.shape))}.",
-                model.name,
+                f"The layer {bare.label} of {model.name} has no grid of places: {why}.", model.name
             )
         if wanted == ["last"]:
             kept = kept[-1:]
@@ -122,29 +172,134 @@ def placed_layers(
     return found, kinds
 
 
-def find_places(layer: Layer, module: nn.Module, side: tuple[int, int]) -> Places | None:
-    """The grid of a layer, or None where its parts have no place on the picture.
+def find_places(module: nn.Module, layers: Sequence[Layer], example: Tensor) -> list[Places | str]:
+    """The grid of each layer, or why it has none.
 
     Args:
-        layer: of ``map_layers``.
-        module: the model. timm's ``num_prefix_tokens``, ``cls_token`` and ``output_fmt`` are
-            believed; without them the fewest leading tokens that leave a grid of the picture's
-            proportions are the prefix, and the first of them is the class token.
-        side: height and width of the model's input in pixels.
+        module: the model, in evaluation mode.
+        layers: of ``map_layers``.
+        example: (2, C, H, W) as the model takes it.
     """
-    shape = layer.shape
-    if layer.fold > 1 or len(shape) not in (2, 3):
+    found: list[Places | str] = [""] * len(layers)
+
+    def take(i: int, tensor: Tensor) -> None:
+        found[i] = _grid(place_of(tensor), layers[i])
+
+    # A copy: the caller's tensor stays without a mark.
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = example[:2].clone()
+        put_pixels(inputs)
+        with observing(module, Following()), capture(module, as_they_are(layers), take):
+            module(inputs)
+    extra = {
+        i: (places.axes, places.without_place)
+        for i, places in enumerate(found)
+        if isinstance(places, Places) and places.without_place
+    }
+    for i, chosen in class_tokens(module, layers, extra, example).items():
+        places = found[i]
+        assert isinstance(places, Places)
+        others = tuple(one for one in places.without_place if one != chosen)
+        found[i] = replace(places, without_place=(chosen, *others), has_class=True)
+    return found
+
+
+def _grid(place: Place, layer: Layer) -> Places | str:
+    """The grid of a layer from where its tensor stands."""
+    if not isinstance(place, Tensor):
+        operation = place or "an operation that torch does not show"
+        return f"{operation} in or before it loses where its parts stand"
+    both = layer.by_image(place)
+    size = " × ".join(map(str, both.shape[1:])) or "1"
+    bare = f"an image's part of it is {size}"
+    if len(both) != 2:
+        return bare
+    one, other = both
+    gap = compact(one - other + IMAGE_STEP)
+    if not torch.equal(compact(one).isnan(), compact(other).isnan()):
+        return "where its parts stand differs from image to image"
+    if float(gap.abs().nan_to_num(0).amax()) >= TOLERANCE_PX:
+        return "where its parts stand differs from image to image"
+    if one.isnan().all():
+        return bare
+    axes = _axes_of_vectors(one)
+    found = _on_axes(one, axes)
+    if found is None and all(axis in axes for axis in range(one.ndim)):
+        # No axis of features: pixels side by side in a vector, which are nearest to one another.
+        axes.remove(min(axes, key=lambda axis: spread(one, axis)))
+        found = _on_axes(one, axes)
+    return found or f"its parts stand on no grid of rows and columns ({bare})"
+
+
+def _on_axes(place: Tensor, axes: Sequence[int]) -> Places | None:
+    """The grid of one image's vectors, if these axes count them; None where it is none."""
+    if not axes:
         return None
-    if len(shape) == 3:
-        return _map(shape, module, side)
-    known = getattr(module, "num_prefix_tokens", None)
-    has_class = known is None or getattr(module, "cls_token", None) is not None
-    # Tokens without any come second: CaiT's and XCiT's class tokens join after the patches' blocks.
-    for prefix in range(MAX_PREFIX + 1) if known is None else dict.fromkeys((known, 0)):
-        grid = _grid(shape[0] - prefix, side)
-        if grid:
-            return Places(*grid, TOKENS, prefix, prefix > 0 and has_class)
-    return None
+    features = [axis for axis in range(place.ndim) if axis not in axes]
+    lengths = tuple(place.shape[axis] for axis in axes)
+    count = int(np.prod([place.shape[axis] for axis in features], dtype=int))
+    for axis in reversed(features):
+        place = middle(place, axis)
+    order = _map_order(place) if len(axes) == 2 else None
+    if order is None:
+        order = _order(place.flatten().numpy())
+    if order is None:
+        return None
+    # What stands nowhere on a map is its border beyond the image, and no token.
+    tokens = place.flatten() if len(axes) == 1 else place.new_zeros(0)
+    bare = tuple(tokens.isnan().nonzero().flatten().tolist())
+    return Places(order, tuple(axis + 1 for axis in axes), lengths, count, bare)
+
+
+def _axes_of_vectors(place: Tensor) -> list[int]:
+    """The axes along which places differ: all others are of features.
+
+    An axis of length 1 counts vectors too: the rows of a map that is one row high.
+    """
+    small = compact(place)
+    differ = [axis for axis in range(small.ndim) if spread(small, axis) >= TOLERANCE_PX]
+    if not differ:
+        # One patch, and tokens that stand nowhere beside it.
+        nowhere = small.isnan()
+        differ = [
+            axis
+            for axis in range(small.ndim)
+            if not torch.equal(nowhere.any(axis), nowhere.all(axis))
+        ]
+    return [axis for axis in range(place.ndim) if axis in differ or place.shape[axis] == 1]
+
+
+def _map_order(place: Tensor) -> np.ndarray | None:
+    """(rows, columns) of a map whose first axis goes down and whose second goes to the right."""
+    across = float((place.imag - place.imag[:, :1]).abs().nan_to_num(0).amax())
+    down = float((place.real - place.real[:1]).abs().nan_to_num(0).amax())
+    if max(across, down) >= TOLERANCE_PX or place.isnan().any():
+        return None
+    # Enlarged maps have neighbours at one place.
+    forwards = (place.imag[:, 0].diff() > -TOLERANCE_PX).all()
+    if not forwards or not (place.real[0].diff() > -TOLERANCE_PX).all():
+        return None
+    return np.arange(place.numel()).reshape(place.shape)
+
+
+def _order(place: np.ndarray) -> np.ndarray | None:
+    """(rows, columns) which of the vectors stands where; None where they form no grid."""
+    there = np.flatnonzero(~np.isnan(place))
+    (x, columns), (y, rows) = (_ranks(part[there]) for part in (place.real, place.imag))
+    if rows * columns != len(there) or len(np.unique(y * columns + x)) != len(there):
+        return None
+    order = np.empty((rows, columns), dtype=int)
+    order[y, x] = there
+    return order
+
+
+def _ranks(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Which of the different values each is, from the smallest on, and how many there are."""
+    by_size = np.argsort(values)
+    steps = np.diff(values[by_size], prepend=values[by_size[:1]]) > TOLERANCE_PX
+    ranks = np.empty(len(values), dtype=int)
+    ranks[by_size] = np.cumsum(steps)
+    return ranks, int(steps.sum()) + 1
 
 
 def _kind(model: Model, has_attention: bool, places: Places) -> str:
@@ -152,34 +307,6 @@ def _kind(model: Model, has_attention: bool, places: Places) -> str:
         return UNTRAINED
     if not has_attention:
         return CONVOLUTION
-    if places.has_class and getattr(model.module, "global_pool", "token") in ("token", ""):
+    if places.has_class:
         return CLASS_TOKEN
-    return MEAN_OF_TOKENS if places.form == TOKENS else ON_MAPS
-
-
-def _map(shape: tuple[int, ...], module: nn.Module, side: tuple[int, int]) -> Places | None:
-    first, last = _proportional(shape[1:], side), _proportional(shape[:2], side)
-    if first and last:
-        # As many channels as rows: the model's own word decides.
-        first = getattr(module, "output_fmt", "NCHW") != "NHWC"
-    if first:
-        return Places(shape[1], shape[2], CHANNELS_FIRST)
-    return Places(shape[0], shape[1], CHANNELS_LAST) if last else None
-
-
-def _proportional(grid: tuple[int, ...], side: tuple[int, int]) -> bool:
-    """Whether rows and columns divide the picture alike; rounding shows only if it is oblong."""
-    rows, columns = grid
-    if rows > side[0] or columns > side[1]:
-        return False
-    allowed = 0 if side[0] == side[1] else max(side)
-    return abs(rows * side[1] - columns * side[0]) <= allowed
-
-
-def _grid(count: int, side: tuple[int, int]) -> tuple[int, int] | None:
-    """Rows and columns of so many patches, with the picture's proportions exactly."""
-    square, rest = divmod(max(count, 0) * side[0], side[1])
-    rows = isqrt(square)
-    if rest or not rows or rows * rows != square or count % rows:
-        return None
-    return rows, count // rows
+    return ON_MAPS if places.is_map else MEAN_OF_TOKENS

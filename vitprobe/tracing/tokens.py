@@ -1,11 +1,12 @@
-"""Where in the picture the vectors of a forward pass stand.
+"""Where in the image the vectors of a forward pass stand.
 
 While a pass is watched, every tensor that depends on the input carries a place: a complex tensor
 of its own shape, x + iy in input pixels for each element, NaN for what stands nowhere (class
 tokens, registers, padding). Operations that move vectors (reshape, roll, window partitions,
 unfolding) move their places in the same way. Operations that mix neighbours (convolution, pooling)
-put their result at the middle of what they mix. All others leave places as they are. So prefix
-tokens, oblong grids, shifted windows, strided keys and unfolded patches need no code of their own.
+put their result at the middle of what they mix; what mixes all of an image stands nowhere. All
+others leave places as they are. So prefix tokens, oblong grids, shifted windows, strided keys and
+unfolded patches need no code of their own.
 
 A place that an operation destroys is lost, and the operation's name stays in its stead. Places
 live on the CPU, wherever the model runs.
@@ -20,11 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitprobe.tracing.observing import Observer
 from vitprobe.tracing.trace import tensors
 
 # Images of a batch lie this many pixels apart, so that a place also says whose it is.
 IMAGE_STEP = 2.0**20
 TOLERANCE_PX = 1e-3
+# What reaches over so much of an image's places, both ways, is of all of it.
+_WHOLE = 2 / 3
 _NOWHERE = complex(float("nan"), float("nan"))
 
 Place = Tensor | str | None
@@ -48,13 +52,20 @@ def put(tensor: Tensor, place: Tensor | str) -> None:
 
 
 def put_pixels(images: Tensor) -> None:
-    """Places of a batch of pictures (n, C, H, W): the middle of each pixel."""
+    """Places of a batch of images (n, C, H, W): the middle of each pixel."""
     n, _, height, width = images.shape
     x = torch.arange(width, dtype=torch.float64) + 0.5
     y = torch.arange(height, dtype=torch.float64) + 0.5
     x = x + IMAGE_STEP * torch.arange(n, dtype=torch.float64)[:, None]
     grid = torch.complex(*torch.broadcast_tensors(x[:, None, :], y[None, :, None]))
     put(images, grid[:, None].expand(images.shape))
+
+
+class Following(Observer):
+    """Carries places over every operation, from its operands to its result."""
+
+    def after(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
+        follow(function, args, kwargs, result)
 
 
 def follow(function: Callable, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
@@ -84,6 +95,8 @@ def follow(function: Callable, args: tuple, kwargs: Mapping[str, Any], result: A
 
 def middle(place: Tensor, axis: int) -> Tensor:
     """Mean place along an axis, of those that stand anywhere."""
+    if _alike(place, axis):
+        return place.select(axis, 0)
     there = ~place.isnan()
     count = there.sum(axis)
     total = torch.where(there, place, 0).sum(axis)
@@ -91,15 +104,19 @@ def middle(place: Tensor, axis: int) -> Tensor:
 
 
 def spread(place: Tensor, axis: int) -> float:
-    """How many pixels places differ along an axis, at most."""
-    if not place.numel():
+    """How many pixels places differ along an axis, at most; what stands nowhere does not count."""
+    if not place.numel() or _alike(place, axis):
         return 0.0
-    away = (place - place.narrow(axis, 0, 1)).abs()
-    return float(away.nan_to_num(0).max())
+    there, widest = ~place.isnan(), 0.0
+    for part in (place.real, place.imag):
+        low = torch.where(there, part, torch.inf).amin(axis)
+        high = torch.where(there, part, -torch.inf).amax(axis)
+        widest = max(widest, float((high - low).amax()))
+    return max(widest, 0.0)
 
 
 def _nowhere(tensor: Tensor) -> Tensor:
-    return torch.full(tensor.shape, _NOWHERE, dtype=torch.complex128)
+    return torch.tensor(_NOWHERE, dtype=torch.complex128).expand(tensor.shape)
 
 
 def _expanded(place: Tensor, axis: int, tensor: Tensor) -> Tensor:
@@ -107,20 +124,58 @@ def _expanded(place: Tensor, axis: int, tensor: Tensor) -> Tensor:
 
 
 def _pointwise(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
-    """The places of the operand that has the result's shape; the skip's, where two have."""
+    """The places of the operand that has the result's shape.
+
+    Where several have, those of the one that knows most: a sum of tokens and of what was made of
+    all of them stands where the tokens stand. Where they know as much, the first one's.
+    """
     known = [place for _, t in tensors((args, kwargs)) if isinstance(place := place_of(t), Tensor)]
     lost = [place for _, t in tensors((args, kwargs)) if isinstance(place := place_of(t), str)]
     places: list[Tensor | str] = []
     for tensor in found:
         same = [place for place in known if place.shape == tensor.shape]
         if same:
-            places.append(same[0])
+            places.append(same[0] if len(same) == 1 else min(same, key=_unknown))
         elif known:
             largest = max(known, key=lambda place: place.numel())
             places.append(largest.expand(tensor.shape))
         else:
             places.append(lost[0])
     return places
+
+
+def compact(place: Tensor) -> Tensor:
+    """The places with axes of length 1 where they are expanded: nothing is said twice."""
+    for axis in range(place.ndim):
+        if _alike(place, axis):
+            place = place.narrow(axis, 0, 1)
+    return place
+
+
+def _alike(place: Tensor, axis: int) -> bool:
+    """Whether an axis is known to be of one place without a look at it."""
+    return place.shape[axis] == 1 or (place.stride(axis) == 0 and place.shape[axis] > 0)
+
+
+def _unknown(place: Tensor) -> float:
+    """The share of the elements that stand nowhere."""
+    return float(compact(place).isnan().double().mean())
+
+
+def _mixes_all(place: Tensor, axes: tuple[int, ...]) -> bool:
+    """Whether what is mixed along these axes is, for all results, an image as a whole."""
+    there = ~place.isnan()
+    x = place.real - IMAGE_STEP * (place.real / IMAGE_STEP).round()
+    wide = False
+    for part in (x, place.imag):
+        low = torch.where(there, part, torch.inf).amin(axes)
+        high = torch.where(there, part, -torch.inf).amax(axes)
+        whole = float(high.amax() - low.amin())
+        if whole >= TOLERANCE_PX:
+            wide = True
+            if float((high - low)[high >= low].amin()) < _WHOLE * whole:
+                return False
+    return wide
 
 
 def _move(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
@@ -158,6 +213,8 @@ def _unfold(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[T
 
 def _linear(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
     place = _places(args[0] if args else kwargs["input"])
+    if not _alike(place, -1) and _mixes_all(place, (-1,)):
+        return [_nowhere(found[0])]
     return [_expanded(middle(place, -1), -1, found[0])]
 
 
@@ -185,7 +242,10 @@ def _mean(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -
     axes = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
     if axes is None:
         return ["mean"]
-    axes = sorted({axis % place.ndim for axis in _many(axes, 1)}, reverse=True)
+    axes = tuple(sorted({axis % place.ndim for axis in _many(axes, 1)}, reverse=True))
+    small = compact(place)
+    if any(small.shape[axis] > 1 for axis in axes) and _mixes_all(small, axes):
+        return [_nowhere(tensor) for tensor in found]
     for axis in axes:
         place = middle(place, axis).unsqueeze(axis)
     return [place.reshape(tensor.shape) for tensor in found]
@@ -258,6 +318,8 @@ def _even(place: Tensor, there: Tensor, before: int, length: int) -> tuple[Tenso
 def _resample(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
     place = middle(_places(args[0]), 1).unsqueeze(1)
     real, imaginary = (function(part, *args[1:], **kwargs) for part in (place.real, place.imag))
+    if found[0].shape[2:].numel() == 1 < place.shape[2:].numel():
+        return [_nowhere(found[0])]
     return [torch.complex(real, imaginary).expand(found[0].shape)]
 
 
@@ -267,7 +329,7 @@ def _assign(target: Tensor, index: Any, value: Any) -> None:
     if isinstance(lost, str):
         put(target, lost)
         return
-    place = _nowhere(target) if old is None else _places(target).clone()
+    place = (_nowhere(target) if old is None else _places(target)).clone()
     place[index] = torch.tensor(_NOWHERE) if new is None else _places(value)
     put(target, place)
 
