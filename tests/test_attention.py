@@ -211,22 +211,20 @@ class TestHonesty:
 
     def test_lost_places_name_model_layer_and_operation(self):
         module = Attending(lambda q, k, v: softmaxed(q, k.sort(-2).values) @ v.sort(-2).values)
-        with pytest.raises(
-            VitprobeError, match=r"tokens of odd .* cannot be known: sort .* output"
-        ):
+        with pytest.raises(VitprobeError, match=r"tokens of odd .* cannot be told: sort .* output"):
             mapped(module, 8, name="odd")
 
     def test_a_pass_that_attends_otherwise_is_an_error(self):
         module = create("test_vit", img_size=64)
         found = mapped(module, 64)
         module.blocks = module.blocks[:-1]
-        with pytest.raises(VitprobeError, match="attended 5 times in this pass, and 6 times"):
+        with pytest.raises(VitprobeError, match="attended 5 times in this pass, but 6 times"):
             collected(module, found, torch.randn(1, 3, 64, 64))
 
     def test_another_number_of_tokens_is_an_error(self):
         module = create("test_vit", img_size=64, dynamic_img_size=True)
         found = mapped(module, 64)
-        with pytest.raises(VitprobeError, match=r"has 26 queries and 26 keys .* had 17 and 17"):
+        with pytest.raises(VitprobeError, match=r"has 26 queries and 26 keys .* but 17 and 17"):
             collected(module, found, torch.randn(1, 3, 80, 80))
 
     def test_hooks_and_marks_are_gone_after_success_and_failure(self):

@@ -172,7 +172,7 @@ def test_images_that_vanish_stop_the_run_and_do_not_count_as_broken(tmp_path):
             model, folder, batch_size=8, layers="net.*", workers=0, checkpoint=tmp_path / "state"
         )
 
-    with pytest.raises(VitprobeError, match=r"png of pictures cannot be reached any more: No such"):
+    with pytest.raises(VitprobeError, match=r"png of pictures can no longer be reached: No such"):
         measured()
     away.rename(folder)
     result = measured()
@@ -369,7 +369,9 @@ def test_a_decoding_process_that_the_system_ends_is_one_line(tmp_path):
             return self.net(x)
 
     model = wrap(Kills(), name="net", transform=to_tensor)
-    with pytest.raises(VitprobeError, match=r"ended a process that decodes .* goes on from there"):
+    with pytest.raises(
+        VitprobeError, match=r"ended a process that decodes .* run the same command to resume"
+    ):
         cka.measure(model, pictures, batch_size=4, layers="net.*", workers=1, save_every=0.0,
                     checkpoint=tmp_path / "s")  # fmt: skip
 
@@ -384,9 +386,9 @@ def test_ctrl_c_while_the_result_is_drawn_loses_nothing(pictures, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(cka.CKAResult, "plot", interrupted)
         assert cka.main(arguments) == 130
-    assert "The same command goes on from there" in capsys.readouterr().err
+    assert "Run the same command to resume" in capsys.readouterr().err
     assert cka.main(arguments) == 0
-    assert "going on after 1 of 1 batches" in capsys.readouterr().err
+    assert "Resuming after batch 1 of 1" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "out")) == ["x.npz", "x.png"]
 
 

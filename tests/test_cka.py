@@ -247,12 +247,12 @@ def test_an_error_from_few_batches_decides_less(tensors):
     ("options", "message"),
     [
         ({"num_images": 3}, "3 images of a tensor are too few: at least 4"),
-        ({"num_images": 21}, "21 images were asked for, but a tensor has 20"),
+        ({"num_images": 21}, "--num-images: a tensor has 20 images, not 21"),
         ({"batch_size": 3}, "batches of at least 4 images"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"layers": "blocs.*"}, "no layer 'blocs.*'"),
         ({"precision": "fp8"}, "--precision must be"),
-        ({"device": "gpu"}, "device 'gpu' is not to be had"),
+        ({"device": "gpu"}, "--device: 'gpu' is not available"),
     ],
 )
 def test_wrong_options_get_one_line(tensors, options, message):
@@ -262,7 +262,7 @@ def test_wrong_options_get_one_line(tensors, options, message):
 
 
 def test_a_module_without_a_transform_says_how_to_give_one(pictures):
-    with pytest.raises(VitprobeError, match=r"has no transform for pictures: give wrap\("):
+    with pytest.raises(VitprobeError, match=r"has no transform: pass wrap\("):
         cka.measure(nn.Conv2d(3, 3, 1), pictures)
     with pytest.raises(VitprobeError, match=r"must be a name or an nn.Module, not int"):
         cka.measure([3], pictures)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,10 +59,10 @@ def test_redraw_needs_no_model_and_loses_nothing(pictures, tmp_path, capsys):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     np.savez(tmp_path / "evil.npz", meta=np.array(json.dumps({"analysis": "__main__"})))
     for name, message in [
-        ("none.npz", "There is no result file"),
+        ("none.npz", "No such result file"),
         ("torn.npz", "is not a result file of vitprobe"),
         ("other.npz", "is not a result file of vitprobe"),
-        ("evil.npz", "is no measurement of vitprobe"),
+        ("evil.npz", "is not a measurement of vitprobe"),
     ]:
         assert redraw.main([str(tmp_path / name)]) == 2
         told = capsys.readouterr().err
@@ -73,16 +74,23 @@ def test_redraw_needs_no_model_and_loses_nothing(pictures, tmp_path, capsys):
     [
         (["--models", "vit_b61@random"], "Did you mean vit_b16"),
         (["--layers", "blokcs.0"], "has no layer 'blokcs.0'"),
-        (["--images", "nowhere"], "There is no nowhere"),
+        (["--images", "nowhere"], "--images: no such file or folder: 'nowhere'."),
         (["--num-images", "3"], "at least 4 are needed"),
-        (["--num-images", "many"], "invalid int value"),
+        (["--num-images", "many"], "--num-images: expected a whole number, not 'many'"),
         (["--batch-size", "-1"], "must be at least 1"),
         (["--image-size", "-5"], "must be at least 1"),
-        (["--precision", "fp8"], "invalid choice"),
-        (["--format", "bmp"], "invalid choice"),
+        (["--precision", "fp8"], "--precision: expected fp32 or bf16, not 'fp8'"),
+        (["--format", "bmp"], "--format: expected png, pdf or svg, not 'bmp'"),
         (["--stem", "a/b"], "without folders"),
-        (["--device", "nope"], "is not to be had"),
-        (["--banana"], "unrecognized arguments"),
+        (["--device", "nope"], "--device: 'nope' is not available on this machine, which has cpu"),
+        (["--banana"], "unknown option --banana"),
+        (["--model", "test_vit@random"], "unknown option --model. Did you mean --models?"),
+        (["--batchsize=4"], "unknown option --batchsize. Did you mean --batch-size?"),
+        (
+            ["--quiet", "resnet50"],
+            "unexpected argument 'resnet50'. Did you mean --models resnet50?",
+        ),
+        (["--models"], "--models: expected at least one argument"),
     ],
 )
 def test_wrong_input_gets_one_line_and_leaves_nothing(pictures, tmp_path, capsys, changes, message):
@@ -114,10 +122,10 @@ def test_ctrl_c_says_how_to_go_on_exits_130_and_the_same_command_does(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     told = process.communicate()[1]
     assert process.returncode == 130
-    assert "of 100 batches. The same command goes on from there" in told
+    assert re.search(r"Stopped after batch \d+ of 100; run the same command to resume\.\n", told)
     assert "Traceback" not in told and [p.suffix for p in out.iterdir()] == [".partial"]
     done = run(*command)
-    assert done.returncode == 0 and "going on after" in done.stderr
+    assert done.returncode == 0 and "Resuming after batch" in done.stderr
     assert {p.suffix for p in out.iterdir()} == {".png", ".npz"}
 
 
@@ -154,11 +162,11 @@ def test_a_write_that_fails_half_way_leaves_neither_file_and_loses_nothing(
     monkeypatch.setattr(os, "fsync", full)
     assert cka.main(arguments(pictures, out)) == 2
     told = capsys.readouterr().err
-    assert "No space left on device. The same command goes on from there." in told
+    assert "No space left on device. Run the same command to resume." in told
     assert [path.suffix for path in out.iterdir()] == [".partial"]
     monkeypatch.setattr(os, "fsync", write)
     assert cka.main(arguments(pictures, out)) == 0
-    assert "going on after 2 of 2 batches" in capsys.readouterr().err
+    assert "Resuming after batch 2 of 2" in capsys.readouterr().err
     assert {path.suffix for path in out.iterdir()} == {".png", ".npz"}
 
 

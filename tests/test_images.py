@@ -93,7 +93,7 @@ def test_wrong_sources_get_one_line(pictures, tmp_path):
     np.save(tmp_path / "flat.npy", np.zeros((3, 4)))
     np.savez(tmp_path / "object.npz", images=np.array([{}], dtype=object))
     for source, message in [
-        (tmp_path / "pictured", "There is no .*pictured. Did you mean pictures"),
+        (tmp_path / "pictured", "--images: no such .*pictured'. Did you mean pictures"),
         (tmp_path / "empty", "no images in the folder"),
         (tmp_path / "note.txt", "neither a folder of images nor"),
         (tmp_path / "torn.npz", "cannot be read as arrays"),
@@ -109,7 +109,7 @@ def test_wrong_sources_get_one_line(pictures, tmp_path):
         with pytest.raises(VitprobeError, match=message) as caught:
             open_images(source)
         assert "\n" not in str(caught.value)
-    with pytest.raises(VitprobeError, match="13 images were asked for, but pictures has 12"):
+    with pytest.raises(VitprobeError, match="--num-images: pictures has 12 images, not 13"):
         open_images(pictures, num_images=13)
     with pytest.raises(VitprobeError, match="at least 1, not 0"):
         open_images(pictures, num_images=0)

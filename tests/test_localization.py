@@ -248,7 +248,7 @@ def test_an_interrupted_run_goes_on_from_its_state(noise, tmp_path, monkeypatch)
         return place_hsic(*given)
 
     monkeypatch.setattr(localization, "place_hsic", stopping)
-    with pytest.raises(Interrupted, match="3 of 6 batches"):
+    with pytest.raises(Interrupted, match="after batch 3 of 6"):
         localization.measure(Copy(), noise, **arguments)
     result = localization.measure(Copy(), noise, **arguments)
     assert len(calls) == 3 + 3

@@ -107,10 +107,10 @@ def test_nothing_in_a_weights_file_is_executed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("vit_b61@random", r"no model 'vit_b61' .* Did you mean vit_b16"),
-        ("resnet5O@random", r"no model 'resnet5O' .* Did you mean resnet50"),
-        ("resnet50.nope", r"resnet50 has no weights 'nope'; it has a1_in1k, "),
-        ("test_vit@weights.safetensors", r"no weights file .*weights\.safetensors"),
+        ("vit_b61@random", r"no such model: 'vit_b61'. Did you mean vit_b16"),
+        ("resnet5O@random", r"no such model: 'resnet5O'. Did you mean resnet50"),
+        ("resnet50.nope", r"no weights 'nope' for resnet50; it has a1_in1k, "),
+        ("test_vit@weights.safetensors", r"no such weights file: .*weights\.safetensors"),
         ("@random", "has no name before its '@'"),
         ("", "has no name before its '@'"),
         ("vit_base_patch16_reg4_gap_256", "timm has no trained weights for"),
@@ -150,7 +150,7 @@ def test_a_hub_out_of_reach_is_told_within_seconds_with_the_ways_on(monkeypatch,
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     before = constants.HF_HUB_OFFLINE
     start = time.monotonic()
-    with pytest.raises(VitprobeError, match=r"hub cannot be reached. Ways on: vit_b16@random") as e:
+    with pytest.raises(VitprobeError, match=r"hub cannot be reached. Try vit_b16@random") as e:
         load_model("vit_b16")
     assert time.monotonic() - start < 20
     assert "\n" not in str(e.value) and before == constants.HF_HUB_OFFLINE

@@ -92,7 +92,7 @@ def test_killed_and_stopped_under_torchrun_other_numbers_of_processes_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(TransformedImages, "__getitem__", stops)
         assert cka.main(arguments(tmp_path, "out")) == 130
-    assert "after 2 of 12 batches. The same command goes on" in capsys.readouterr().err
+    assert "Stopped after batch 2 of 12; run the same command to resume." in capsys.readouterr().err
     assert done(tmp_path) == {0: 2}
 
     # Two processes go on; one of them is killed while both have batches to do.
@@ -100,8 +100,8 @@ def test_killed_and_stopped_under_torchrun_other_numbers_of_processes_go_on(
     wait_for(two, lambda: done(tmp_path).get(0, 0) > 2 and 1 in done(tmp_path))
     os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
     told = two.communicate(timeout=PATIENCE_S)[1]
-    assert two.returncode != 0 and "going on after 2 of 12 batches" in told
-    assert told.count("The same command goes on from there.") == 1
+    assert two.returncode != 0 and "Resuming after batch 2 of 12" in told
+    assert told.count("run the same command to resume.") == 1
     kept = done(tmp_path)
     assert kept[0] > 2 and kept[1] > 0 and not (tmp_path / "out" / "x.npz").exists()
 
@@ -110,14 +110,14 @@ def test_killed_and_stopped_under_torchrun_other_numbers_of_processes_go_on(
     wait_for(three, lambda: done(tmp_path).get(0, 0) > sum(kept.values()) and 2 in done(tmp_path))
     os.killpg(three.pid, signal.SIGINT)
     told = three.communicate(timeout=PATIENCE_S)[1]
-    assert three.returncode != 0 and f"going on after {sum(kept.values())} of 12 batches" in told
-    assert told.count("The same command goes on from there.") == 1
+    assert three.returncode != 0 and f"Resuming after batch {sum(kept.values())} of 12" in told
+    assert told.count("run the same command to resume.") == 1
     kept = sum(done(tmp_path).values())
     assert kept < BATCHES
 
     # One, without torchrun, comes to the end.
     assert cka.main(arguments(tmp_path, "out")) == 0
-    assert f"going on after {kept} of 12 batches" in capsys.readouterr().err
+    assert f"Resuming after batch {kept} of 12" in capsys.readouterr().err
     with np.load(tmp_path / "out" / "x.npz") as a, np.load(tmp_path / "whole" / "x.npz") as b:
         np.testing.assert_allclose(a["cka"], b["cka"], rtol=0, atol=1e-9)
         np.testing.assert_allclose(a["cka_se"], b["cka_se"], rtol=0, atol=1e-9)

@@ -69,7 +69,7 @@ def test_broken_images_are_named_skipped_and_counted(pictures, capsys):
     (pictures / "more7.png").write_bytes(b"\x89PNG\r\n\x1a\ntorn")
     result = cka.measure("test_vit@random", pictures, image_size=32, workers=0)
     assert result.meta["images"]["broken"] == ["more7.png"] and result.meta["n"] == 111
-    assert "skipped more7.png" in capsys.readouterr().err
+    assert "Skipped more7.png" in capsys.readouterr().err
     (pictures / "more8.png").write_bytes(b"")
     with pytest.raises(VitprobeError, match=r"2 of 112 images of pictures cannot be read .* 1%"):
         cka.measure("test_vit@random", pictures, image_size=32, workers=0)
@@ -85,7 +85,9 @@ def test_workers_give_the_same_numbers(pictures):
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tensors, tmp_path, number):
     path = tmp_path / "state"
     whole = measured(StopIn(), tensors, None)
-    with pytest.raises(Interrupted, match=r"after 2 of 5 batches. The same command goes") as caught:
+    with pytest.raises(
+        Interrupted, match=r"after batch 2 of 5; run the same command to resume"
+    ) as caught:
         measured(StopIn(2, lambda: signal.raise_signal(number)), tensors, path)
     assert caught.value.status == 128 + number
     assert len(list(tmp_path.glob("*.partial"))) == 1
@@ -115,7 +117,7 @@ def test_a_batch_that_is_in_some_sums_only_is_not_saved(tensors, tmp_path):
 
             run(ready, step, sums, decides={})
 
-    with pytest.raises(Interrupted, match=r"Stopped after 2 of 5 batches. Nothing is kept."):
+    with pytest.raises(Interrupted, match=r"Stopped after batch 2 of 5; nothing was saved."):
         stopped(stops=True)
     stopped(stops=False)
     assert sums["first"] == sums["second"] == 20
@@ -124,7 +126,7 @@ def test_a_batch_that_is_in_some_sums_only_is_not_saved(tensors, tmp_path):
 def test_signals_are_handled_as_before_after_a_run(tensors):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     measured(StopIn(), tensors, None)
-    with pytest.raises(Interrupted, match="Nothing is kept"):
+    with pytest.raises(Interrupted, match="nothing was saved"):
         measured(StopIn(2), tensors, None)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = arguments[0].replace("-", "_")
     if name not in known:
-        print(f"vitprobe: there is no command {name!r}.{nearest(name, known)}", file=sys.stderr)
+        way = nearest(name, known, 1) or " `vitprobe` lists the commands."
+        print(f"vitprobe: unknown command {arguments[0]!r}.{way}", file=sys.stderr)
         return 2
     return import_module(f"vitprobe.{name}").main(arguments[1:])
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, nearest
 from vitprobe.models.loading import bundled_models
 from vitprobe.models.names import label
 from vitprobe.results.printing import print_files, print_json
@@ -32,10 +32,44 @@ DEFAULT_MODELS = ("vit_small_box", "resnet_box")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong argument gets one line."""
+    """argparse, but a wrong argument gets one line that names the option and the nearest one."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            self.error(self._unknown(left))
+        return found
+
+    def _unknown(self, left: list[str]) -> str:
+        wrong = next((one for one in left if one.startswith("-")), None)
+        if wrong is not None:
+            name = wrong.partition("=")[0]
+            return f"unknown option {name}.{nearest(name, self._option_string_actions, 1)}"
+        way = f" Did you mean --models {' '.join(left)}?"
+        if "--models" not in self._option_string_actions:
+            way = ""
+        return f"unexpected argument {left[0]!r}.{way}"
 
     def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        for pattern, way in _PLAINLY:
+            message = re.sub(pattern, way, message)
         self.exit(FAILED, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def _choices(match: re.Match[str]) -> str:
+    *most, last = (name.strip("' ") for name in match[2].split(","))
+    listed = " or ".join(filter(None, [", ".join(most), last]))
+    return f"expected {listed}, not {match[1]}.{nearest(match[1].strip(chr(39)), [*most, last], 1)}"
+
+
+# argparse's words -> what they mean to somebody who writes no Python.
+_PLAINLY: tuple[tuple[str, Any], ...] = (
+    (r"invalid int value: (.*)", r"expected a whole number, not \1."),
+    (r"invalid float value: (.*)", r"expected a number, not \1."),
+    (r"invalid choice: (.*?) \(choose from (.*)\)", _choices),
+    (r"(expected .* arguments?)$", r"\1."),
+)
 
 
 def parser(name: str, doc: str | None, *, images: bool = True, layers: bool = True) -> Parser:
@@ -48,7 +82,7 @@ def parser(name: str, doc: str | None, *, images: bool = True, layers: bool = Tr
         layers: whether it measures a choice of layers.
     """
     result = Parser(
-        prog=f"python -m vitprobe.{name}",
+        prog=f"vitprobe {name}",
         description=(doc or "").strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -138,7 +172,7 @@ def run(
     def body() -> None:
         args.models = args.models or [m for m in default_models if m in bundled_models()]
         if not args.models:
-            raise VitprobeError("--models is needed: NAME, NAME@random or NAME@FILE.")
+            raise VitprobeError("--models: expected at least one NAME, NAME@random or NAME@FILE.")
         check_writable(args.out, stem(args, name))
         result = measure(args)
         processes.leave()
@@ -154,7 +188,7 @@ def _write(result: Result, args: argparse.Namespace, name: str) -> None:
     """Save, and only then give up the state that the result came from; print."""
     kept: UntilWritten | None = getattr(args, "kept", None)
     safe = kept is not None and kept.saved()
-    way = " The same command goes on from there." if safe else ""
+    way = " Run the same command to resume." if safe else ""
     try:
         paths = result.save(args.out / name, args.format)
     except VitprobeError as error:
@@ -185,7 +219,7 @@ def guarded(body: Callable[[], None], debug: bool = False) -> int:
         _tell(str(stop))
         return stop.status
     except KeyboardInterrupt:
-        _tell("stopped")
+        _tell("Stopped.")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of stdout has left (head, less): nothing to tell it, and nothing went wrong.
@@ -210,7 +244,7 @@ def _tell(message: str) -> None:
 def check_writable(out: Path, stem: str) -> None:
     """Fail before the work, not after it: no folder, no right to write, no such name."""
     if Path(stem).name != stem:
-        raise VitprobeError(f"--stem is a file name without folders, not {stem!r}.")
+        raise VitprobeError(f"--stem: expected a file name without folders, not {stem!r}.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         # As long as the longest name that is to come, that of a state being written.
@@ -219,4 +253,4 @@ def check_writable(out: Path, stem: str) -> None:
         probe.unlink()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise VitprobeError(f"{out / stem} cannot be written: {reason}.") from error
+        raise VitprobeError(f"--out: {out / stem} cannot be written: {reason}.") from error

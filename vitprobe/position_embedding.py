@@ -103,7 +103,9 @@ class PositionEmbeddingResult(Result):
             tables, biased = self.meta["tables"], list(dict.fromkeys(self.model_of_layer.tolist()))
             if ax is not None:
                 if not tables:
-                    raise VitprobeError("A single axis can show a table, and there is none.")
+                    raise VitprobeError(
+                        "plot(ax) shows one table of position embeddings, and there is none."
+                    )
                 self._grids(ax, 0)
                 return ax
             count = len(tables)
@@ -287,7 +289,7 @@ def measure(
         VitprobeError: a model that has neither a table nor a bias.
     """
     if grid is not None and (len(grid) != 2 or min(grid) < 1):
-        raise VitprobeError(f"--grid is two numbers of at least 1, not {list(grid)}.")
+        raise VitprobeError(f"--grid: expected two numbers of at least 1, not {list(grid)}.")
     loaded = load_models(models, image_size, seed, names)
     tables, biases, meta = [], [], models_meta("position_embedding", loaded, seed)
     meta["tables"] = []

@@ -322,7 +322,7 @@ def measure(
             not finite.
     """
     if channels != "all" and (not isinstance(channels, int) or channels < 1):
-        raise VitprobeError(f"--channels must be all or a number above 0, not {channels!r}.")
+        raise VitprobeError(f"--channels: expected all or a number above 0, not {channels!r}.")
     if num_images is None:
         there = NUM_IMAGES if images is None else len(open_images(images))
         num_images = min(NUM_IMAGES, there)
@@ -404,7 +404,7 @@ def _plan(
             sites.append(Site(layer.label, layer, places))
         if not sites:
             raise NotApplicable(
-                f"No layer of {model.name} that was asked for has a centre.", model.name
+                f"--layers: none of these layers of {model.name} has a centre.", model.name
             )
         # A branch stands before the sum that it goes into, and sees no farther.
         whole = [site for site in sites if not site.branch]

@@ -15,7 +15,7 @@ from vitprobe.results.writing import write_atomically
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.redraw FILE``."""
-    parser = cli.Parser(prog="python -m vitprobe.redraw", description=__doc__)
+    parser = cli.Parser(prog="vitprobe redraw", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".npz of a measurement")
     cli.add_output(parser)
     # A drawing goes beside its numbers unless it is sent elsewhere.

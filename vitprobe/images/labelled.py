@@ -71,13 +71,13 @@ def open_task(
     if kept.min() < shots:
         short = int(kept.argmin())
         raise NotApplicable(
-            f"{shots} images a class were asked for, but {fitting.source} has "
-            f"{kept[short]} of {fitting.classes[short]!r} to fit on."
+            f"--shots: {fitting.source} has {kept[short]} images of the class "
+            f"{fitting.classes[short]!r} to fit on, not {shots}."
         )
     if num_test is not None:
         if num_test > len(test):
             raise VitprobeError(
-                f"{num_test} test images were asked for, but {test.source} has {len(test)}."
+                f"--num-images: {test.source} has {len(test)} test images, not {num_test}."
             )
         # Their order is a seeded permutation already.
         test = test.choose(np.sort(np.random.default_rng(seed).permutation(len(test))[:num_test]))
@@ -98,11 +98,11 @@ def _sources(
     fitting = open_images(images, seed=seed)
     if test_images is None:
         return fitting, None, f"split of {fitting.source} by seed {seed}"
-    test = open_images(test_images, seed=seed)
+    test = open_images(test_images, seed=seed, option="--test-images")
     if test.digest == fitting.digest:
         raise VitprobeError(
-            f"--test-images are the very images of {fitting.source}; leave them out, and a part is "
-            f"kept for testing."
+            f"--test-images are the same images as {fitting.source}; without the option a part of "
+            f"those is kept for testing."
         )
     return fitting, test, f"fitted on {fitting.source}, tested on {test.source}"
 
@@ -116,8 +116,8 @@ def _labelled(images: Images, least: int = 1) -> Images:
     if images.labels is None or labels is None:
         raise NotApplicable(
             images.no_labels
-            or f"{images.source} has no labels: probes need a folder or .tar of class folders, or "
-            f"an .npz with 'labels' beside 'images'."
+            or f"{images.source} has no labels: probes need a folder or .tar with a folder per "
+            f"class, or an .npz with 'labels' beside 'images'."
         )
     stray = np.flatnonzero(labels < 0)
     if len(stray):

@@ -104,6 +104,7 @@ def open_images(
     source: Any = None,
     num_images: int | None = None,
     seed: int = 0,
+    option: str = "--images",
 ) -> Images:
     """Open images and fix their order.
 
@@ -114,6 +115,7 @@ def open_images(
             map-style dataset of images, or None: the bundled digit scenes.
         num_images: how many, drawn without replacement by ``seed``; all of them by default.
         seed: of the order and the choice.
+        option: that named the source, for messages.
 
     Raises:
         VitprobeError: no such source, no images in it, or fewer than asked for.
@@ -136,13 +138,13 @@ def open_images(
     elif str(source).startswith(TIMM_PREFIXES + STREAM_PREFIXES):
         images = _from_timm(str(source))
     else:
-        images = _from_path(Path(source).expanduser())
+        images = _from_path(Path(source).expanduser(), option)
     available = len(images)
     if num_images is not None and num_images < 1:
         raise VitprobeError(f"--num-images must be at least 1, not {num_images}.")
     if num_images is not None and num_images > available:
         raise VitprobeError(
-            f"{num_images} images were asked for, but {images.source} has {available}."
+            f"--num-images: {images.source} has {available} images, not {num_images}."
         )
     if isinstance(source, Images) and num_images is None:
         return images
@@ -217,10 +219,12 @@ def _from_items(items: Any) -> Images:
     return images if labels is None else _with_labels(images, labels, names)
 
 
-def _from_path(path: Path) -> Images:
+def _from_path(path: Path, option: str) -> Images:
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise VitprobeError(f"There is no {path}.{nearest(path.name, siblings)}")
+        raise VitprobeError(
+            f"{option}: no such file or folder: {str(path)!r}.{nearest(path.name, siblings)}"
+        )
     if path.is_dir():
         return _from_folder(path)
     if not path.is_file():

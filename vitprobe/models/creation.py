@@ -111,18 +111,19 @@ def _explained(
     spec: str, name: str, image_size: int | None, overlay: Any, error: Exception
 ) -> VitprobeError:
     reason = first_line(error)
-    ways = f"Ways on: {name}@random (untrained), {name}@FILE (weights at hand)"
-    if name.startswith(REMOTE_PREFIXES):
-        ways = "Ways on: ARCHITECTURE@random (untrained), ARCHITECTURE@FILE (weights at hand)"
+    known = "ARCHITECTURE" if name.startswith(REMOTE_PREFIXES) else name
     bundled = ", ".join(list(bundled_models())[:3])
-    ways += f", or a bundled model ({bundled})." if bundled else "."
+    ways = (
+        f"Try {known}@random (untrained), {known}@FILE (weights on disk) or a bundled model "
+        f"({bundled})."
+    )
     if overlay is not None and "img_size" not in reason:
         return VitprobeError(f"{spec}: the weights do not fit the architecture: {reason}")
     if "No pretrained weights" in reason:
         return VitprobeError(f"timm has no trained weights for {name}. {ways}")
     if isinstance(error, OSError):
         return VitprobeError(
-            f"The weights of {name} are not in the local cache and the model hub cannot be "
+            f"The weights of {name} are not in the local cache, and the model hub cannot be "
             f"reached. {ways}"
         )
     if image_size is not None:

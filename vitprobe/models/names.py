@@ -102,12 +102,12 @@ def check_known(name: str, timm_name: str) -> None:
     if not timm.is_model(architecture):
         known = [*ALIASES, *bundled_models(), *timm.list_models()]
         raise VitprobeError(
-            f"There is no model {name!r} among the aliases, the bundled models or timm's."
-            f"{nearest(name, known)}"
+            f"--models: no such model: {name!r}.{nearest(name, known)} `vitprobe models` lists "
+            f"all of them."
         )
     tags = timm.list_models(f"{architecture}.*", pretrained=True)
     if tag and timm_name not in tags:
         raise VitprobeError(
-            f"timm's {architecture} has no weights {tag!r}; it has "
+            f"--models: timm has no weights {tag!r} for {architecture}; it has "
             f"{', '.join(t.partition('.')[2] for t in tags) or 'none'}."
         )

@@ -21,7 +21,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or a torch checkpoint, without executing anything in it."""
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise VitprobeError(f"There is no weights file {path}.{nearest(path.name, siblings)}")
+        raise VitprobeError(
+            f"--models: no such weights file: {str(path)!r}.{nearest(path.name, siblings)}"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -149,7 +149,9 @@ class Result:
         """
         if isinstance(model, str):
             if model not in self.models:
-                raise VitprobeError(f"{model!r} is none of {', '.join(self.models)}.")
+                raise VitprobeError(
+                    f"No model {model!r} in this result, which has {', '.join(self.models)}."
+                )
             model = self.models.index(model)
         return np.flatnonzero(self.arrays()["model_of_layer"] == model)
 
@@ -277,7 +279,7 @@ def load_result(path: str | Path) -> Result:
     """
     path = Path(path)
     if not path.is_file():
-        raise VitprobeError(f"There is no result file {path}.")
+        raise VitprobeError(f"No such result file: {str(path)!r}.")
     try:
         with np.load(path, allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
@@ -287,10 +289,10 @@ def load_result(path: str | Path) -> Result:
         raise VitprobeError(f"{path} is not a result file of vitprobe.") from error
     # The name comes from a file: only measurements are imported by it.
     if analysis not in ANALYSES:
-        raise VitprobeError(f"{path} holds {analysis!r}, which is no measurement of vitprobe.")
+        raise VitprobeError(f"{path} holds {analysis!r}, which is not a measurement of vitprobe.")
     result_type = import_module(f"vitprobe.{analysis}").RESULT
     wanted = {field.name for field in fields(result_type)} - {"meta"}
     if wanted - arrays.keys():
         missing = ", ".join(sorted(wanted - arrays.keys()))
-        raise VitprobeError(f"{path} lacks {missing}: it was written by another version.")
+        raise VitprobeError(f"{path} lacks {missing}: another version of vitprobe wrote it.")
     return result_type(meta=meta, **{name: arrays[name] for name in wanted})

@@ -174,7 +174,9 @@ class Saves:
             self.checkpoint.save(state, done)
         except VitprobeError as error:
             if not self._told:
-                print(f"vitprobe: the state of this run is not saved: {error}", file=sys.stderr)
+                print(
+                    f"vitprobe: the progress of this run cannot be saved: {error}", file=sys.stderr
+                )
             self._told = True
         self._last = time.monotonic()
         self._took = self._last - start

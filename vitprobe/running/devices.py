@@ -25,10 +25,19 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise VitprobeError(f"The device {name!r} is not to be had on this machine.") from error
+        raise VitprobeError(
+            f"--device: {name!r} is not available on this machine, which has {_available()}."
+        ) from error
     if device.type == "meta":
-        raise VitprobeError("The device 'meta' holds no numbers.")
+        raise VitprobeError("--device: 'meta' holds no numbers; use auto or cpu.")
     return device
+
+
+def _available() -> str:
+    """Devices to choose from: ``cpu, cuda:0 and cuda:1``."""
+    found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    found += ["mps"] if torch.backends.mps.is_available() else []
+    return " and ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
 
 
 @contextmanager

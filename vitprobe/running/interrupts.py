@@ -19,7 +19,7 @@ AGAIN_S = 1.0
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop; the message says how to go on.
+    """A run that was asked to stop; the message says how to resume it.
 
     Attributes:
         status: exit status of the process, 130 for Ctrl-C.

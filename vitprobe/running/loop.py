@@ -39,7 +39,7 @@ def run(
         step: adds a batch to ``sums``, in place.
         sums: made by ``Session.sums``.
         decides: with the session's own facts, everything that decides the result; a state on
-            disk is gone on with only where all of it agrees.
+            disk is resumed only where all of it agrees.
         gradients: leave autograd on.
         scratch: bytes that ``step`` needs for a whole batch beside the forward passes.
 
@@ -62,7 +62,7 @@ def run(
             done = processes.from_main_process(done, ready.device)
     todo = [b for b in range(len(ready.batches)) if not done[b]][rank::world]
     if done.any() and rank == 0 and not ready.options.quiet:
-        print(f"going on after {int(done.sum())} of {len(done)} batches", file=sys.stderr)
+        print(f"Resuming after batch {int(done.sum())} of {len(done)}", file=sys.stderr)
     mode = nullcontext() if gradients else torch.inference_mode()
     with mode:
         if todo and rank == 0:
@@ -111,7 +111,7 @@ def _over(
         except KeyboardInterrupt:
             _last_save(saves, stops, state, mine)
             text = _stopped(todo, mine, checkpoint)
-            raise Interrupted(f"{text} {_way(checkpoint)}", stops.status) from None
+            raise Interrupted(f"{text}; {_way(checkpoint)}", stops.status) from None
         except Exception as error:
             _last_save(saves, stops, state, mine)
             told = _told(ready, error, checkpoint)
@@ -136,11 +136,11 @@ def _together(ready: Session, checkpoint: Checkpoint) -> Iterator[None]:
         except (KeyboardInterrupt, RuntimeError) as error:
             # Who is asked to stop together with the others sees them end, too.
             if stops.asked or isinstance(error, KeyboardInterrupt):
-                raise Interrupted(f"Stopped. {_way(checkpoint)}", stops.status) from None
+                raise Interrupted(f"Stopped; {_way(checkpoint)}", stops.status) from None
             if memory.ran_out(error):
                 raise
             raise VitprobeError(
-                f"Another process of this run has ended before it was done. {_way(checkpoint)}"
+                f"Another process of this run ended early; {_way(checkpoint)}"
             ) from error
 
 
@@ -157,8 +157,8 @@ def _told(ready: Session, error: Exception, checkpoint: Checkpoint) -> VitprobeE
     broken = decoders and isinstance(error, (ConnectionError, EOFError))
     if broken or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
         return VitprobeError(
-            "The system has ended a process that decodes images, as it does when memory is "
-            f"short; with --workers 0 there are none. {_way(checkpoint)}"
+            "The system ended a process that decodes images, as it does when memory is short "
+            f"(--workers 0 starts none); {_way(checkpoint)}"
         )
     return None
 
@@ -191,7 +191,7 @@ def _progress(ready: Session, total: int, rank: int) -> Any:
 
 
 def _tell_broken(ready: Session, position: int, reason: str) -> None:
-    print(f"skipped {ready.images.name(position)}: {reason}", file=sys.stderr)
+    print(f"Skipped {ready.images.name(position)}: {reason}", file=sys.stderr)
 
 
 def _check_broken(ready: Session, state: Sums) -> None:
@@ -207,12 +207,12 @@ def _check_broken(ready: Session, state: Sums) -> None:
 def _check_gone(
     ready: Session, failures: list[tuple[int, Failure]], checkpoint: Checkpoint
 ) -> None:
-    """Pictures that vanish in mid-run are not broken: leaving them out would be wrong."""
+    """Images that vanish in mid-run are not broken: leaving them out would be wrong."""
     for position, failure in failures:
         if failure.gone:
             raise VitprobeError(
-                f"{ready.images.name(position)} of {ready.images.source} cannot be reached any "
-                f"more: {failure.reason}. {_way(checkpoint)}"
+                f"{ready.images.name(position)} of {ready.images.source} can no longer be "
+                f"reached: {failure.reason}; {_way(checkpoint)}"
             )
 
 
@@ -237,12 +237,14 @@ def _stopped(todo: list[int], mine: np.ndarray, checkpoint: Checkpoint) -> str:
     else:
         whose, done, count = "", int(mine.sum()), len(mine)
     lost = int(mine.sum()) - checkpoint.saved
-    but = f", the last {lost} of them not saved" if checkpoint.saved and lost else ""
-    return f"Stopped after {done} of {count} batches{whose}{but}."
+    but = f" (the last {lost} not saved)" if checkpoint.saved and lost else ""
+    if not done:
+        return f"Stopped before the first batch{whose} was done"
+    return f"Stopped after batch {done} of {count}{whose}{but}"
 
 
 def _way(checkpoint: Checkpoint) -> str:
-    """How to go on after a run that ended early."""
+    """How to resume a run that ended early."""
     # One of several processes may have saved nothing yet where the others have.
     kept = checkpoint.keeps if processes.joined() else checkpoint.saved
-    return "The same command goes on from there." if kept else "Nothing is kept."
+    return "run the same command to resume." if kept else "nothing was saved."

@@ -49,7 +49,7 @@ class Forecast:
         smaller = int(batch_size * (free - self.own) / max(1, self.activations))
         way = f"try --batch-size {smaller}" if smaller > 0 else "a smaller model may"
         return (
-            f"this run needs about {self.activations / GIB:.1f} GiB for the activations of a "
+            f"This run needs about {self.activations / GIB:.1f} GiB for the activations of a "
             f"batch and {self.own / GIB:.1f} GiB for what is measured, beside "
             f"{self.parameters / GIB:.1f} GiB of parameters; {free / GIB:.1f} GiB are free. It may "
             f"not fit: {way}."

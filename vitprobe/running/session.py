@@ -258,8 +258,8 @@ def session(
     for model in loaded:
         if model.transform is None and not opened.are_tensors:
             raise VitprobeError(
-                f"{model.name} has no transform for pictures: give wrap(module, transform=...) or "
-                f"images as a float tensor (n, C, H, W)."
+                f"{model.name} has no transform: pass wrap(module, transform=...), or the images "
+                f"as a float tensor (n, C, H, W)."
             )
     ready = Session(loaded, opened, options, at_least)
     modules = [model.module for model in loaded]

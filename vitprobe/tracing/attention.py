@@ -68,8 +68,8 @@ class _Observer(AttentionObserver):
     def end(self) -> None:
         if self.count != self.attention.operations:
             raise VitprobeError(
-                f"{self.attention.model} attended {self.count} times in this pass, and "
-                f"{self.attention.operations} times when it was looked at first."
+                f"{self.attention.model} attended {self.count} times in this pass, but "
+                f"{self.attention.operations} times in the first."
             )
 
     def attend(self, ordinal: int, operation: Operation) -> None:
@@ -82,8 +82,8 @@ class _Observer(AttentionObserver):
             if self.outputs is not None:
                 if operation.out is None:
                     raise NotApplicable(
-                        f"{layer.label} of {self.attention.model} does not show what each of its "
-                        f"heads puts out.",
+                        f"{layer.label} of {self.attention.model} does not show the output of each "
+                        f"of its heads.",
                         self.attention.model,
                     )
                 self.outputs(i, layer.arrange(operation.out))
@@ -114,7 +114,7 @@ class _Observer(AttentionObserver):
         if found != shape:
             raise VitprobeError(
                 f"{layer.label} of {self.attention.model} has {found[0]} queries and {found[1]} "
-                f"keys in this pass, and had {shape[0]} and {shape[1]} when it was looked at first."
+                f"keys in this pass, but {shape[0]} and {shape[1]} in the first."
             )
         for images, queries in _slices(layer, n, operation.query.device.type):
             if probabilities is not None:

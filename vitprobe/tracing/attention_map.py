@@ -109,7 +109,7 @@ class AttentionMap:
                 self.model,
             )
         raise NotApplicable(
-            f"{self.model} has no attention between places of the picture, and so no {what}{why}.",
+            f"{self.model} has no attention between places of the image, and so no {what}{why}.",
             self.model,
         )
 
@@ -215,7 +215,7 @@ class _Mapper(AttentionObserver):
         place = place_of(tensor)
         if isinstance(place, str):
             raise NotApplicable(
-                f"Where the tokens of {self.name} stand in the picture cannot be known: "
+                f"Where the tokens of {self.name} stand in the image cannot be told: "
                 f"{place} in or before {label} loses their places.",
                 self.name,
             )

@@ -92,7 +92,7 @@ class LayerMap:
             found = sets[one]() if one in sets else self._named(one)
             chosen.update({layer.label: layer for layer in found})
         if not chosen:
-            raise VitprobeError(f"{self.model} has no layers for --layers {' '.join(wanted)}.")
+            raise VitprobeError(f"--layers: {self.model} has no layers for {' '.join(wanted)}.")
         return sorted(chosen.values(), key=lambda layer: layer.time)
 
     def _blocks(self) -> list[Layer]:
@@ -168,8 +168,8 @@ class LayerMap:
             )
         labels = [layer.label for layer in self.layers]
         raise VitprobeError(
-            f"{self.model} has no layer {pattern!r}.{nearest(pattern, labels)} "
-            f"Choices: {', '.join(CHOICES)}, or names with wildcards."
+            f"--layers: {self.model} has no layer {pattern!r}.{nearest(pattern, labels)} "
+            f"Use {', '.join(CHOICES)} or names with wildcards; `vitprobe layers` lists them."
         )
 
 
