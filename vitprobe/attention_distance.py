@@ -37,20 +37,18 @@ from vitprobe.tracing.attention import AttentionLayer, AttentionMap, map_attenti
 
 # The papers say "local", "global" and "mostly global"; fractions of uniform attention are ours.
 LOCAL, GLOBAL = 0.5, 0.75
-# A probability below this is one of a pair that the model masks out.
-MASKED = 1e-30
 
 
-def uniform_distance(distances: np.ndarray, allowed: np.ndarray | None = None) -> float:
+def uniform_distance(distances: np.ndarray, masked: np.ndarray | None = None) -> float:
     """Mean distance under equal attention to all patches.
 
     Args:
         distances: (groups, queries, keys) in pixels; NaN where either stands nowhere.
-        allowed: (groups, queries, keys) which pairs are not masked out; all by default.
+        masked: (groups, queries, keys) which pairs are masked out; none by default.
     """
     seen = np.isfinite(distances)
-    if allowed is not None:
-        seen &= allowed
+    if masked is not None:
+        seen &= ~masked
     count = seen.sum(-1)
     total = np.where(seen, distances, 0).sum(-1)
     return float((total[count > 0] / count[count > 0]).mean())
@@ -271,22 +269,7 @@ def _map(ready: Session) -> tuple[list[AttentionMap], np.ndarray]:
         with ready.autocast():
             found = map_attention(model.name, model.module, example)
         found.require("attention distance")
-        allowed = [
-            np.zeros((len(layer.rows), layer.queries.shape[1], layer.keys.shape[1]), dtype=bool)
-            for layer in found.layers
-        ]
-
-        def reduce(
-            i: int, block: Tensor, images: slice, queries: slice, allowed: list = allowed
-        ) -> None:
-            allowed[i][:, queries] = (block[0] > MASKED).any(1).cpu().numpy()
-
-        # What a query can see shows in any image's attention: a masked pair has none.
-        with observe(model.module, found, reduce), ready.autocast(), torch.inference_mode():
-            model.module(example[:1])
-        uniform += [
-            uniform_distance(la.distances(), seen) for la, seen in zip(found.layers, allowed)
-        ]
+        uniform += [uniform_distance(layer.distances(), layer.masked) for layer in found.layers]
         maps.append(found)
     return maps, np.array(uniform)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitprobe.errors import NotApplicable
 from vitprobe.tracing.attention_operations import AttentionObserver, Operation
+from vitprobe.tracing.masks import follow_masks
 from vitprobe.tracing.observing import observing
 from vitprobe.tracing.special_cases import NO_PROBABILITIES
 from vitprobe.tracing.tokens import (
@@ -47,6 +48,8 @@ class AttentionLayer:
             one another (all of them, or those of one window).
         queries: (groups, queries, 2) x and y in input pixels; NaN for class tokens and the like.
         keys: (groups, keys, 2).
+        masked: (groups, queries, keys) pairs that no head may attend to, as the operation's own
+            mask says; None: there are none.
     """
 
     label: str
@@ -57,6 +60,7 @@ class AttentionLayer:
     rows: np.ndarray
     queries: np.ndarray
     keys: np.ndarray
+    masked: np.ndarray | None = None
 
     @property
     def heads(self) -> int:
@@ -131,7 +135,7 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
         inputs = example[:2].clone()
         put_pixels(inputs)
         module(inputs)
-    times = Counter(label for label, _ in mapper.found)
+    times = Counter(label for label, *_ in mapper.found)
     nth: Counter[str] = Counter()
     layers = []
     left_out = {
@@ -139,14 +143,22 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
         for label, reason in mapper.unused.values()
         if not times[label]
     }
-    for ordinal, (label, layout) in enumerate(mapper.found):
+    for ordinal, (label, layout, hidden) in enumerate(mapper.found):
         nth[label] += 1
         numbered = f"{label}:{nth[label]}" if times[label] > 1 else label
         if isinstance(layout, str):
             left_out[numbered] = layout
         else:
-            layers.append(AttentionLayer(numbered, ordinal, *layout))
+            layer = AttentionLayer(numbered, ordinal, *layout)
+            layers.append(
+                layer if hidden is None else replace(layer, masked=_masked(layer, hidden))
+            )
     return AttentionMap(name, layers, left_out, len(mapper.found))
+
+
+def _masked(layer: AttentionLayer, hidden: Tensor) -> np.ndarray:
+    """What is hidden from every head, in both images."""
+    return layer.arrange(hidden).all(2).all(0).cpu().numpy()
 
 
 class _Mapper(AttentionObserver):
@@ -157,7 +169,7 @@ class _Mapper(AttentionObserver):
         self.name = name
         self.names = {child: child_name for child_name, child in module.named_modules()}
         self.stack: list[nn.Module] = []
-        self.found: list[tuple[str, tuple | str]] = []
+        self.found: list[tuple[str, tuple | str, Tensor | None]] = []
         self.unused: dict[int, tuple[str, str | None]] = {}  # softmax -> label, special case
 
     @contextmanager
@@ -176,6 +188,7 @@ class _Mapper(AttentionObserver):
 
     def after(self, function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         follow(function, args, kwargs, result)
+        follow_masks(function, args, kwargs, result)
         super().after(function, args, kwargs, result)
 
     def note_softmax(self) -> None:
@@ -193,7 +206,8 @@ class _Mapper(AttentionObserver):
         label = self._label()
         # Where a family is known to have another kind of attention, its places do not matter.
         layout = self._special_case() or self._layout(label, operation)
-        self.found.append((label, layout))
+        hidden = None if isinstance(layout, str) else operation.hidden()
+        self.found.append((label, layout, hidden))
 
     def _layout(self, label: str, operation: Operation) -> tuple | str:
         leading = operation.leading()

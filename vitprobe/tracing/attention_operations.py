@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitprobe.tracing.masks import hidden_of, mask_of, masks_of_pytorchs, put_hidden
 from vitprobe.tracing.observing import Observer
 from vitprobe.tracing.tokens import place_of, put
 
@@ -71,6 +72,18 @@ class Operation:
             return tuple(self.map.shape[:-2])
         key = self.grown(self.key)
         return tuple(torch.broadcast_shapes(self.query.shape[:-2], key.shape[:-2]))
+
+    def hidden(self) -> Tensor | None:
+        """(..., queries, keys) which pairs its mask hides, in a pass whose masks are followed."""
+        if self.map is not None:
+            return hidden_of(self.map)
+        queries, keys = self.query.shape[-2], self.key.shape[-2]
+        shape = (*self.leading(), queries, keys)
+        hidden = None if self.mask is None else mask_of(self.mask)
+        if self.causal:
+            later = torch.ones(queries, keys, dtype=torch.bool, device=self.query.device).triu(1)
+            hidden = later if hidden is None else hidden | later
+        return None if hidden is None else hidden.expand(shape)
 
     def grown(self, tensor: Tensor) -> Tensor:
         """Keys or values with as many heads as queries (grouped-query attention)."""
@@ -128,6 +141,7 @@ def _recognise(
         asked = {**kwargs, "need_weights": True, "average_attn_weights": False}
         again, weights = function(*args, **asked)
         if weights is not None and weights.ndim == 4:
+            put_hidden(weights, masks_of_pytorchs(kwargs, weights))
             yield Operation(
                 None, args[0], args[1], map=weights, length_first=True,
                 twice=(result[0], again, partial(_exactly, function, args, asked)),
@@ -174,6 +188,8 @@ def _turned(tensor: Tensor) -> Tensor:
     turned, place = tensor.mT, place_of(tensor)
     if isinstance(place, Tensor):
         put(turned, place.mT)
+    hidden = hidden_of(tensor)
+    put_hidden(turned, None if hidden is None else hidden.mT)
     return turned
 
 

@@ -338,7 +338,7 @@ def _many(value: Any, count: int) -> tuple[int, ...]:
     return (int(value),) * count if isinstance(value, int) else tuple(value)
 
 
-_MOVING = (
+MOVING = (
     "reshape view permute transpose swapaxes swapdims movedim moveaxis flatten unflatten squeeze "
     "unsqueeze chunk split tensor_split unbind cat concat concatenate stack expand expand_as "
     "repeat repeat_interleave tile roll flip getitem get narrow select index_select gather "
@@ -350,7 +350,7 @@ _LOSING = (
     "conv_transpose2d bilinear fft2 rfft2 irfft2"
 )
 _RULES: dict[str, Callable[..., Sequence[Tensor | str]]] = {
-    **dict.fromkeys(_MOVING.split(), _move),
+    **dict.fromkeys(MOVING.split(), _move),
     **dict.fromkeys(("matmul", "bmm", "rmatmul", "baddbmm", "addmm"), _product),
     **dict.fromkeys(("scaled_dot_product_attention", "multi_head_attention_forward"), _attention),
     **dict.fromkeys(("mean", "sum", "amax", "var", "std", "var_mean"), _mean),
