@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -315,3 +316,28 @@ def test_probes_of_a_class_token_amid_the_patches_read_it():
     readouts = result.readouts.tolist()
     assert result.accuracy[0, readouts.index("CLS")] == 1
     assert result.accuracy[0, readouts.index("tokens")] < 0.6
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_sums_written_as_einsum_keep_their_rows(turned):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3 * 8 * 8, 6))
+            self.out, self.mixed = nn.Identity(), nn.Identity()
+
+        def forward(self, x):
+            x = x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8))
+            x = torch.einsum("nchpwq->nhwpqc", x).flatten(3).flatten(1, 2)
+            q = k = torch.einsum("b i d, d e -> b i e", x, self.weight)
+            # The keys' factor comes first where it is turned: rows stand at queries all the same.
+            scores = (
+                torch.einsum("bjd,bid->bij", k, q) if turned else torch.einsum("bid,bjd->bij", q, k)
+            )
+            mixed = torch.einsum("bij,bid->bdj", scores * 0 + 1, x)
+            return self.out(torch.einsum("bij,bjd->bid", scores.softmax(-1), x)), self.mixed(mixed)
+
+    places = places_of(Net(), (32, 48))
+    assert grid(places) == (4, 6)
+    assert np.array_equal(places.order, np.arange(24).reshape(4, 6))
+    assert not isinstance(places_of(Net(), (32, 48), "mixed"), Places)
