@@ -188,4 +188,4 @@ def test_command(tmp_path, capsys):
     arguments += ["--out", str(tmp_path), "--stem", "s", "--quiet"]
     assert skip_ablation.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "s.png" in out and out.count("here removed at test time") == 2
+    assert "s.png" in out and out.count("removed at test time, layers") == 2

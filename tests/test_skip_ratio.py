@@ -217,7 +217,7 @@ def test_batches_of_any_size_and_a_resumed_run_agree(tensors, tmp_path, monkeypa
     parts = skip_ratio.measure(net, tensors, batch_size=3)
     np.testing.assert_allclose(whole.ratio, parts.ratio, rtol=1e-5)
     np.testing.assert_allclose(whole.ratio_se, parts.ratio_se, rtol=1e-3)
-    real, calls = skip_ratio._step, []
+    real, calls = skip_ratio._Watch.end, []
 
     def stops(*args):
         calls.append(1)
@@ -227,7 +227,7 @@ def test_batches_of_any_size_and_a_resumed_run_agree(tensors, tmp_path, monkeypa
 
     from vitprobe.running.interrupts import Interrupted
 
-    monkeypatch.setattr(skip_ratio, "_step", stops)
+    monkeypatch.setattr(skip_ratio._Watch, "end", stops)
     options = {"batch_size": 3, "checkpoint": tmp_path / "state"}
     with pytest.raises(Interrupted):
         skip_ratio.measure(net, tensors, **options)

@@ -16,7 +16,8 @@ equal attention to all patches gives that a query can see. Standard errors over 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -26,14 +27,13 @@ import torch
 from torch import Tensor
 
 from vitprobe import cli
-from vitprobe.errors import VitprobeError
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
-from vitprobe.running.loop import run
-from vitprobe.running.options import Options
-from vitprobe.running.session import Batch, Session, session
+from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.options import Options, option
+from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
-from vitprobe.tracing.attention import AttentionLayer, AttentionMap, map_attention, observe
+from vitprobe.tracing.attention import AttentionLayer, observe
 
 # The papers say "local", "global" and "mostly global"; fractions of uniform attention are ours.
 LOCAL, GLOBAL = 0.5, 0.75
@@ -204,6 +204,75 @@ def _pick(share: np.ndarray, error: np.ndarray, rank: int | None) -> tuple[float
 RESULT = AttentionDistanceResult
 
 
+@dataclass(frozen=True)
+class AttentionDistance(Measurement):
+    """Options of ``measure``."""
+
+    renormalise: bool = option(
+        False, "divide each query's attention by what it gives to patches", action="store_true"
+    )
+
+    analysis: ClassVar[str] = "attention_distance"
+
+    def prepare(self, ready: Session) -> Watch:
+        return _Watch(ready, self.renormalise)
+
+
+MEASUREMENT = AttentionDistance
+
+
+class _Watch(Watch):
+    """The distances of every head in every image, and their moments."""
+
+    def __init__(self, ready: Session, renormalise: bool) -> None:
+        self.renormalise = renormalise
+        self.maps = [ready.attention(m) for m in range(len(ready.models))]
+        for found in self.maps:
+            found.require("attention distance")
+        self.uniform = [
+            uniform_distance(layer.distances(), layer.masked)
+            for found in self.maps
+            for layer in found.layers
+        ]
+        self.tables = [_tables(found.layers, ready.device) for found in self.maps]
+        self.labels = [layer.label for found in self.maps for layer in found.layers]
+        self.starts = np.cumsum([0, *(len(found.layers) for found in self.maps)]).tolist()
+        self.heads = max(layer.heads for found in self.maps for layer in found.layers)
+        shapes = moment_shapes(distance=(self.starts[-1], self.heads))
+        decides = {"layers": self.labels, "renormalise": renormalise}
+        super().__init__(ready, ready.sums(**shapes), decides)
+
+    @contextmanager
+    def watching(self, m: int, batch: Batch) -> Iterator[None]:
+        found, table = self.maps[m], self.tables[m]
+        shape = len(batch), len(found.layers), self.heads
+        values = torch.full(shape, torch.nan, device=self.ready.device)
+
+        def reduce(i: int, block: Tensor, images: slice, queries: slice) -> None:
+            new = table[i].distance(block, queries, self.renormalise)
+            place = values[images, i, : block.shape[2]]
+            place.copy_(new if queries.start == 0 else place + new)
+
+        with observe(self.ready.models[m].module, found, reduce):
+            yield
+        for i, layer in enumerate(found.layers):
+            finite = torch.isfinite(values[:, i, : layer.heads]).all()
+            check_finite(finite, layer.label, self.ready.models[m], "attention of")
+        rows = slice(self.starts[m], self.starts[m + 1])
+        add_moments(
+            self.sums, "distance", (rows,), values.to(self.sums["distance"].device, torch.float64)
+        )
+
+    def result(self, meta: dict[str, Any]) -> AttentionDistanceResult:
+        value, error = mean_and_error(self.sums, "distance")
+        meta["renormalise"] = self.renormalise
+        meta["left_out"] = [found.left_out for found in self.maps]
+        meta["global"] = [all(la.rows.shape[0] == 1 for la in one.layers) for one in self.maps]
+        owner = np.repeat(np.arange(len(self.maps)), np.diff(self.starts))
+        labels = np.array(self.labels)
+        return AttentionDistanceResult(meta, value, error, np.array(self.uniform), labels, owner)
+
+
 def measure(
     models: Any, images: Any = None, *, renormalise: bool = False, **options: Any
 ) -> AttentionDistanceResult:
@@ -220,58 +289,7 @@ def measure(
         VitprobeError: a model without attention between places of the picture, or one whose tokens
             cannot be placed; unknown models or images; attention that is not finite.
     """
-    with session(models, images, Options(**options)) as ready:
-        maps, uniform = _map(ready)
-        tables = [_tables(found.layers, ready.device) for found in maps]
-        start = np.cumsum([0, *(len(found.layers) for found in maps)])
-        heads = max(layer.heads for found in maps for layer in found.layers)
-        sums = ready.sums(**moment_shapes(distance=(int(start[-1]), heads)))
-        labels = [layer.label for found in maps for layer in found.layers]
-
-        def step(batch: Batch) -> None:
-            for model, found, table, first, inputs in zip(
-                ready.models, maps, tables, start, batch.inputs
-            ):
-                values = torch.full(
-                    (len(batch), len(found.layers), heads), torch.nan, device=ready.device
-                )
-
-                def reduce(
-                    i: int, block: Tensor, images: slice, queries: slice,
-                    table: list[_Table] = table, values: Tensor = values,
-                ) -> None:  # fmt: skip
-                    new = table[i].distance(block, queries, renormalise)
-                    place = values[images, i, : block.shape[2]]
-                    place.copy_(new if queries.start == 0 else place + new)
-
-                with observe(model.module, found, reduce), ready.autocast():
-                    model.module(inputs)
-                _check_finite(values, found)
-                rows = slice(int(first), int(first) + len(found.layers))
-                values = values.to(sums["distance"].device, torch.float64)
-                add_moments(sums, "distance", (rows,), values)
-
-        decides = {"analysis": "attention_distance", "layers": labels, "renormalise": renormalise}
-        run(ready, step, sums, decides=decides)
-        value, error = mean_and_error(sums, "distance")
-        meta = ready.meta("attention_distance")
-        meta["renormalise"] = renormalise
-        meta["left_out"] = [found.left_out for found in maps]
-        meta["global"] = [all(la.rows.shape[0] == 1 for la in found.layers) for found in maps]
-        owner = np.repeat(np.arange(len(maps)), np.diff(start))
-    return AttentionDistanceResult(meta, value, error, uniform, np.array(labels), owner)
-
-
-def _map(ready: Session) -> tuple[list[AttentionMap], np.ndarray]:
-    """Attention layers of all models, and the uniform distance of each layer."""
-    maps, uniform = [], []
-    for model, example in zip(ready.models, ready.example()):
-        with ready.autocast():
-            found = map_attention(model.name, model.module, example)
-        found.require("attention distance")
-        uniform += [uniform_distance(layer.distances(), layer.masked) for layer in found.layers]
-        maps.append(found)
-    return maps, np.array(uniform)
+    return measure_one(AttentionDistance(renormalise), models, images, Options(**options))
 
 
 @dataclass(frozen=True)
@@ -317,32 +335,9 @@ def _tables(layers: list[AttentionLayer], device: torch.device) -> list[_Table]:
     return tables
 
 
-def _check_finite(values: Tensor, found: AttentionMap) -> None:
-    for i, layer in enumerate(found.layers):
-        if not torch.isfinite(values[:, i, : layer.heads]).all():
-            raise VitprobeError(
-                f"The attention of {layer.label} of {found.model} is not finite; it is the first "
-                f"such layer."
-            )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.attention_distance``."""
-    parser = cli.parser("attention_distance", __doc__, layers=False)
-    parser.add_argument(
-        "--renormalise", action="store_true",
-        help="divide each query's attention by what it gives to patches",
-    )  # fmt: skip
-    return cli.run(
-        parser,
-        argv,
-        "attention_distance",
-        lambda args: measure(
-            args.models, args.images, renormalise=args.renormalise,
-            **cli.options(args, "attention_distance"),
-        ),
-        default_models=("vit_small_box",),
-    )  # fmt: skip
+    return cli.command(AttentionDistance, measure, __doc__, argv, default_models=("vit_small_box",))
 
 
 if __name__ == "__main__":

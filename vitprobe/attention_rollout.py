@@ -15,8 +15,9 @@ scenes for models that take less than 64 px. In the figure each map fills [0, 1]
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,14 +27,14 @@ from torch import Tensor
 from vitprobe import cli
 from vitprobe.errors import NotApplicable
 from vitprobe.images.sources import Images, open_images
-from vitprobe.models.loading import Model, load_models
+from vitprobe.models.loading import Model
 from vitprobe.results import drawing
 from vitprobe.results.result import Result
 from vitprobe.results.tables import Label
-from vitprobe.running.loop import run
+from vitprobe.running.measurement import Measurement, Watch, measure_one
 from vitprobe.running.options import Options
-from vitprobe.running.session import Batch, session
-from vitprobe.tracing.attention import AttentionMap, map_attention, observe
+from vitprobe.running.session import Batch, Session
+from vitprobe.tracing.attention import AttentionMap, observe
 
 PICTURES, PHOTOGRAPH_SIDE = 4, 64
 # Maps in a figure.
@@ -144,6 +145,83 @@ class AttentionRolloutResult(Result):
 RESULT = AttentionRolloutResult
 
 
+@dataclass(frozen=True)
+class AttentionRollout(Measurement):
+    """Options of ``measure``; ``first`` is how many images are looked at in a shared pass."""
+
+    first: int | None = None
+
+    analysis: ClassVar[str] = "attention_rollout"
+
+    def on(
+        self, models: list[Model], images: Any, options: Options
+    ) -> tuple[Measurement, Any, Options]:
+        opened = _pictures(models, images, options.num_images, options.seed)
+        return self, opened, replace(options, num_images=None)
+
+    def prepare(self, ready: Session) -> Watch:
+        return _Watch(ready, self.first)
+
+
+MEASUREMENT = AttentionRollout
+
+
+class _Watch(Watch):
+    """Rollouts of single images, and the images as the models see them."""
+
+    def __init__(self, ready: Session, first: int | None) -> None:
+        self.n = min(len(ready.images), first or len(ready.images))
+        self.maps = [_one_set_of_tokens(ready.attention(m)) for m in range(len(ready.models))]
+        self.about = [
+            {"grid": list(_grid(found)), "size": list(example.shape[2:])}
+            for found, example in zip(self.maps, ready.example())
+        ]
+        count, n = len(self.maps), self.n
+        high, wide = np.max([one["grid"] for one in self.about], axis=0).tolist()
+        height, width = np.max([one["size"] for one in self.about], axis=0).tolist()
+        sums = ready.sums(
+            rollout=(count, n, high, wide), pictures=(count, n, 3, height, width), seen=(n,)
+        )
+        super().__init__(ready, sums, {"first": n})
+
+    @contextmanager
+    def watching(self, m: int, batch: Batch) -> Iterator[None]:
+        model, found, inputs = self.ready.models[m], self.maps[m], batch.inputs[m]
+        kept = batch.positions < self.n
+        if not kept.any():
+            yield
+            return
+        work = Rollout(len(batch), found.layers[0].queries.shape[1], inputs)
+        with observe(model.module, found, work.update):
+            yield
+        positions = torch.from_numpy(batch.positions[kept]).to(self.sums["rollout"].device)
+        mine = torch.from_numpy(kept).to(inputs.device)
+        rows, columns = self.about[m]["grid"]
+        shown = class_row(work.rollout[mine], found).unflatten(1, (rows, columns))
+        self.sums["rollout"][m, positions, :rows, :columns] += shown.to(self.sums["rollout"])
+        picture = _visible(model, inputs[mine])
+        tall, broad = picture.shape[2:]
+        self.sums["pictures"][m, positions, :, :tall, :broad] += picture.to(self.sums["pictures"])
+
+    def end(self, batch: Batch) -> None:
+        self.sums["seen"][torch.from_numpy(batch.positions[batch.positions < self.n])] += 1
+
+    def result(self, meta: dict[str, Any]) -> AttentionRolloutResult:
+        meta["maps"] = self.about
+        kept = self.sums["seen"].cpu().numpy() > 0
+        meta["n"] = int(kept.sum())
+        rollout = self.sums["rollout"].cpu().numpy()[:, kept]
+        pictures = self.sums["pictures"].cpu().numpy()[:, kept].transpose(0, 1, 3, 4, 2)
+        for one, (rows, columns) in zip(rollout, (each["grid"] for each in self.about)):
+            one[:, rows:], one[:, :, columns:] = np.nan, np.nan
+        return AttentionRolloutResult(
+            meta,
+            rollout.reshape(-1, *rollout.shape[2:]),
+            (255 * pictures).round().astype(np.uint8).reshape(-1, *pictures.shape[2:]),
+            np.repeat(np.arange(len(self.maps)), kept.sum()),
+        )
+
+
 def measure(models: Any, images: Any = None, **options: Any) -> AttentionRolloutResult:
     """Attention rollouts of a few pictures through one model or several.
 
@@ -157,53 +235,7 @@ def measure(models: Any, images: Any = None, **options: Any) -> AttentionRollout
         VitprobeError: a model whose layers do not all attend among the same tokens (windows,
             pooling, no attention); unknown models or images.
     """
-    count = options.pop("num_images", None)
-    asked = Options(**options)
-    loaded = load_models(models, asked.image_size, asked.seed, asked.names)
-    with session(loaded, _pictures(loaded, images, count, asked.seed), asked) as ready:
-        maps = [
-            _one_set_of_tokens(map_attention(model.name, model.module, example))
-            for model, example in zip(ready.models, ready.example())
-        ]
-        about = [
-            {"grid": list(_grid(found)), "size": list(example.shape[2:])}
-            for found, example in zip(maps, ready.example())
-        ]
-        n, count = len(ready.images), len(maps)
-        high, wide = np.max([one["grid"] for one in about], axis=0).tolist()
-        height, width = np.max([one["size"] for one in about], axis=0).tolist()
-        sums = ready.sums(
-            rollout=(count, n, high, wide), pictures=(count, n, 3, height, width), seen=(n,)
-        )
-
-        def step(batch: Batch) -> None:
-            positions = torch.from_numpy(batch.positions).to(sums["rollout"].device)
-            sums["seen"][positions] += 1
-            for m, (model, found, inputs) in enumerate(zip(ready.models, maps, batch.inputs)):
-                work = Rollout(len(batch), found.layers[0].queries.shape[1], inputs)
-                with observe(model.module, found, work.update), ready.autocast():
-                    model.module(inputs)
-                rows, columns = about[m]["grid"]
-                shown = class_row(work.rollout, found).unflatten(1, (rows, columns))
-                sums["rollout"][m, positions, :rows, :columns] += shown.to(sums["rollout"])
-                picture = _visible(model, inputs)
-                tall, broad = picture.shape[2:]
-                sums["pictures"][m, positions, :, :tall, :broad] += picture.to(sums["pictures"])
-
-        run(ready, step, sums, decides={"analysis": "attention_rollout"})
-        meta = ready.meta("attention_rollout")
-        meta["maps"] = about
-        kept = sums["seen"].cpu().numpy() > 0
-        rollout = sums["rollout"].cpu().numpy()[:, kept]
-        pictures = sums["pictures"].cpu().numpy()[:, kept].transpose(0, 1, 3, 4, 2)
-    for one, (rows, columns) in zip(rollout, (each["grid"] for each in about)):
-        one[:, rows:], one[:, :, columns:] = np.nan, np.nan
-    return AttentionRolloutResult(
-        meta,
-        rollout.reshape(-1, high, wide),
-        (255 * pictures).round().astype(np.uint8).reshape(-1, height, width, 3),
-        np.repeat(np.arange(count), kept.sum()),
-    )
+    return measure_one(AttentionRollout(), models, images, Options(**options))
 
 
 def class_row(rollout: Tensor, found: AttentionMap) -> Tensor:
@@ -271,14 +303,7 @@ def _visible(model: Model, inputs: Tensor) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.attention_rollout``."""
-    parser = cli.parser("attention_rollout", __doc__, layers=False)
-    return cli.run(
-        parser,
-        argv,
-        "attention_rollout",
-        lambda args: measure(args.models, args.images, **cli.options(args, "attention_rollout")),
-        default_models=("vit_small_box",),
-    )
+    return cli.command(AttentionRollout, measure, __doc__, argv, default_models=("vit_small_box",))
 
 
 if __name__ == "__main__":

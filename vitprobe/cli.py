@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from vitprobe.results.result import FORMATS, Finding, Result
 from vitprobe.running import processes
 from vitprobe.running.checkpoint import UntilWritten
 from vitprobe.running.interrupts import HeldBack, Interrupted
+from vitprobe.running.measurement import Measurement
 
 INTERRUPTED, FAILED = 130, 2
 GRACE_S = 1.0
@@ -254,3 +256,25 @@ def check_writable(out: Path, stem: str) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise VitprobeError(f"--out: {out / stem} cannot be written: {reason}.") from error
+
+
+def command(
+    measurement: type[Measurement],
+    measure: Callable[..., Result],
+    doc: str | None,
+    argv: Sequence[str] | None,
+    default_models: Sequence[str] = DEFAULT_MODELS,
+) -> int:
+    """The whole command of a measurement, its options read off the fields of its class."""
+    name = measurement.analysis
+    own = [one for one in fields(measurement) if "argument" in one.metadata]
+    result_parser = parser(name, doc, layers=False)
+    for one in own:
+        flag = f"--{one.name.replace('_', '-')}"
+        result_parser.add_argument(flag, default=one.default, **one.metadata["argument"])
+
+    def from_arguments(args: argparse.Namespace) -> Result:
+        chosen = {one.name: getattr(args, one.name) for one in own}
+        return measure(args.models, args.images, **chosen, **options(args, name))
+
+    return run(result_parser, argv, name, from_arguments, default_models)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,12 +27,12 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from vitprobe import cli
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, decide, plus_minus
-from vitprobe.running.loop import run
-from vitprobe.running.options import Options
-from vitprobe.running.session import Batch, Session, session
+from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.options import Options, option
+from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.hsic import (
     MAX_GROUPS,
     MIN_BATCH,
@@ -41,9 +42,9 @@ from vitprobe.statistics.hsic import (
     jackknife,
     normalise,
 )
-from vitprobe.tracing.attention import AttentionMap, map_attention, observe
+from vitprobe.tracing.attention import AttentionMap, observe
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.layers import Layer, map_layers
+from vitprobe.tracing.layers import Layer
 
 LOWEST = 4
 # "Close to -1" is what the paper's figure shows; how close is ours.
@@ -132,6 +133,107 @@ class HeadSubsetsResult(Result):
 RESULT = HeadSubsetsResult
 
 
+@dataclass(frozen=True)
+class HeadSubsets(Measurement):
+    """Options of ``measure``."""
+
+    layers: str | Sequence[str] = option(
+        "blocks",
+        "of the CNN; blocks, paper, all, or names: the lowest four",
+        nargs="+",
+        metavar="L",
+    )
+
+    analysis: ClassVar[str] = "head_subsets"
+    at_least: ClassVar[int] = MIN_BATCH
+
+    def over(self, ready: Session) -> list[list[int]]:
+        """Every model with attention beside the first without."""
+        attend: list[int] = []
+        do_not: list[int] = []
+        for m in range(len(ready.models)):
+            try:
+                (attend if ready.attention(m).layers else do_not).append(m)
+            except NotApplicable:
+                continue  # its tokens cannot be placed, nor can its distances be measured
+        if not attend or not do_not:
+            raise NotApplicable("needs a model with attention and one without.", "")
+        return [[m, do_not[0]] for m in attend]
+
+    def prepare(self, ready: Session) -> Watch:
+        return _Watch(ready, self.layers)
+
+
+MEASUREMENT = HeadSubsets
+
+
+class _Watch(Watch):
+    """Grams of each head of the first block and of the CNN's lowest layers.
+
+    Which heads make a subset is known at the end: sum over all pairs of heads until then, as the
+    Gram of heads side by side is the sum of theirs.
+    """
+
+    def __init__(self, ready: Session, layers: str | Sequence[str]) -> None:
+        self.attention, self.lowest = _choose(ready, layers)
+        first = self.attention.layers[0]
+        self.heads = first.heads
+        self.labels = [layer.label for layer in self.lowest]
+        self.pixels = torch.from_numpy(np.nan_to_num(first.distances())).float().to(ready.device)
+        self.placed = int(np.isfinite(first.queries[..., 0]).sum())
+        size, groups = self.heads + len(self.lowest), min(MAX_GROUPS, len(ready.batches))
+        sums = ready.sums(hsic=(groups, size, size), distance=(self.heads,), seen=())
+        super().__init__(ready, sums, {"layers": self.labels})
+        self._grams = torch.empty(0)
+
+    def watching(self, m: int, batch: Batch) -> Any:
+        model, n = self.ready.models[m], len(batch)
+        if m == 1:
+            return capture(model.module, self.lowest, partial(self._take, batch))
+        size, device = self.heads + len(self.lowest), self.sums["hsic"].device
+        self._grams = torch.zeros(size, n, n, dtype=torch.float64, device=device)
+        return observe(model.module, self.attention, self._reduce, self._outputs, only=(0,))
+
+    def _reduce(self, i: int, block: Tensor, images: slice, queries: slice) -> None:
+        part = (block * self.pixels[:, None, queries]).sum((0, 1, 3, 4)) / self.placed
+        self.sums["distance"] += part.to(self.sums["distance"])
+
+    def _outputs(self, i: int, tensor: Tensor) -> None:
+        for head in range(self.heads):
+            self._grams[head] = gram(tensor[:, :, head]).to(self._grams)
+
+    def _take(self, batch: Batch, i: int, tensor: Tensor) -> None:
+        model, layer = self.ready.models[1], self.lowest[i]
+        self._grams[self.heads + i] = batch.gram(model, layer, tensor).to(self._grams)
+
+    def end(self, batch: Batch) -> None:
+        labels = [self.attention.layers[0].label] * self.heads + self.labels
+        for i in (~torch.isfinite(self._grams).all(-1).all(-1)).nonzero().flatten().tolist():
+            check_finite(False, labels[i], self.ready.models[int(i >= self.heads)])
+        self.sums["hsic"][self.group(batch)] += hsic(self._grams)
+        self.sums["seen"] += len(batch)
+
+    def result(self, meta: dict[str, Any]) -> HeadSubsetsResult:
+        distance = (self.sums["distance"] / self.sums["seen"]).cpu().numpy()
+        order = np.argsort(distance)
+        subsets = np.array([order[window] for window in windows(self.heads)])
+        of_subset = distance[subsets].mean(1)
+
+        def statistic(total: Tensor) -> Tensor:
+            return subset_cka(total, subsets)
+
+        def correlation(total: Tensor) -> Tensor:
+            values = subset_cka(total, subsets).cpu().numpy()
+            return torch.tensor([_rho(row, of_subset) for row in values])
+
+        cka, cka_error = jackknife(statistic, self.sums["hsic"], self.used)
+        rho = correlation(self.sums["hsic"].sum(0)).numpy()
+        rho_error = bootstrap_error(correlation, self.sums["hsic"], self.used)
+        meta["attention_layer"], meta["heads"] = self.attention.layers[0].label, self.heads
+        labels = np.array(self.labels)
+        return HeadSubsetsResult(meta, cka, cka_error, of_subset, subsets, rho, rho_error, labels)
+
+
 def measure(
     models: Any, images: Any = None, *, layers: str | Sequence[str] = "blocks", **options: Any
 ) -> HeadSubsetsResult:
@@ -146,83 +248,7 @@ def measure(
     Raises:
         VitprobeError: not one model with attention and one without; too few images.
     """
-    with session(models, images, Options(**options), at_least=MIN_BATCH) as ready:
-        _check_batches(ready)
-        attention, lowest = _choose(ready, layers)
-        heads, count = attention.layers[0].heads, len(lowest)
-        table = np.nan_to_num(attention.layers[0].distances())
-        placed = int(np.isfinite(attention.layers[0].queries[..., 0]).sum())
-        pixels = torch.from_numpy(table).float().to(ready.device)
-        groups = min(MAX_GROUPS, len(ready.batches))
-        # Which heads make a subset is known at the end: sum over all pairs of heads until then,
-        # as the Gram of heads side by side is the sum of theirs.
-        size = heads + count
-        sums = ready.sums(hsic=(groups, size, size), used=(groups,), distance=(groups, heads))
-        sums |= ready.sums(seen=(groups,))
-
-        def step(batch: Batch) -> None:
-            if len(batch) < MIN_BATCH:
-                return
-            group = batch.index % groups
-            grams = torch.zeros(
-                size, len(batch), len(batch), dtype=torch.float64, device=sums["hsic"].device
-            )
-
-            def reduce(i: int, block: Tensor, images: slice, queries: slice) -> None:
-                if i == 0:
-                    part = (block * pixels[:, None, queries]).sum((0, 1, 3, 4)) / placed
-                    sums["distance"][group] += part.to(sums["distance"])
-
-            def outputs(i: int, tensor: Tensor) -> None:
-                if i == 0:
-                    for head in range(heads):
-                        grams[head] = gram(tensor[:, :, head]).to(grams)
-
-            def take(i: int, tensor: Tensor) -> None:
-                grams[heads + i] = gram(tensor).to(grams)
-
-            with observe(ready.models[0].module, attention, reduce, outputs), ready.autocast():
-                ready.models[0].module(batch.inputs[0])
-            with capture(ready.models[1].module, lowest, take), ready.autocast():
-                ready.models[1].module(batch.inputs[1])
-            bad = (~torch.isfinite(grams).all(-1).all(-1)).nonzero()
-            if len(bad):
-                at = int(bad[0])
-                label = attention.layers[0].label if at < heads else lowest[at - heads].label
-                owner = ready.models[0 if at < heads else 1].name
-                raise VitprobeError(
-                    f"The layer {label} of {owner} is not finite; it is the first such layer."
-                )
-            sums["hsic"][group] += hsic(grams)
-            sums["used"][group] += 1
-            sums["seen"][group] += len(batch)
-
-        labels = [layer.label for layer in lowest]
-        run(ready, step, sums, decides={"analysis": "head_subsets", "layers": labels})
-        if not sums["used"].sum():
-            raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
-        distance = (sums["distance"].sum(0) / sums["seen"].sum()).cpu().numpy()
-        order = np.argsort(distance)
-        subsets = np.array([order[window] for window in windows(heads)])
-        of_subset = distance[subsets].mean(1)
-
-        def statistic(total: Tensor) -> Tensor:
-            return subset_cka(total, subsets)
-
-        def correlation(total: Tensor) -> Tensor:
-            values = subset_cka(total, subsets).cpu().numpy()
-            return torch.tensor([_rho(row, of_subset) for row in values])
-
-        cka, cka_error = jackknife(statistic, sums["hsic"], sums["used"])
-        rho = correlation(sums["hsic"].sum(0)).numpy()
-        rho_error = bootstrap_error(correlation, sums["hsic"], sums["used"])
-        meta = ready.meta("head_subsets")
-        meta["n"] = int(sums["seen"].sum())
-        meta["replicates"] = int((sums["used"] > 0).sum())
-        meta["attention_layer"], meta["heads"] = attention.layers[0].label, heads
-    return HeadSubsetsResult(
-        meta, cka, cka_error, of_subset, subsets, rho, rho_error, np.array(labels)
-    )
+    return measure_one(HeadSubsets(layers), models, images, Options(**options))
 
 
 def subset_cka(total: Tensor, subsets: np.ndarray) -> Tensor:
@@ -244,53 +270,29 @@ def _rho(values: np.ndarray, distance: np.ndarray) -> float:
     return float(spearmanr(values, distance).statistic)
 
 
-def _check_batches(ready: Session) -> None:
+def _choose(ready: Session, layers: str | Sequence[str]) -> tuple[AttentionMap, list[Layer]]:
+    """The attention of the first model and the lowest layers of the second."""
+    names = " and ".join(model.name for model in ready.models)
     if len(ready.models) != 2:
         raise VitprobeError(
             f"head_subsets compares one model with attention and one without, not "
             f"{len(ready.models)} models."
         )
-    if ready.options.batch_size < MIN_BATCH:
+    maps = [ready.attention(m) for m in (0, 1)]
+    if len([found for found in maps if found.layers]) != 1:
         raise VitprobeError(
-            f"CKA needs batches of at least {MIN_BATCH} images, not --batch-size "
-            f"{ready.options.batch_size}."
+            f"head_subsets compares one model with attention and one without, not {names}."
         )
-
-
-def _choose(ready: Session, layers: str | Sequence[str]) -> tuple[AttentionMap, list[Layer]]:
-    """The attention of the first model and the lowest layers of the second."""
-    examples = ready.example()
-    with ready.autocast():
-        maps = [
-            map_attention(model.name, model.module, example)
-            for model, example in zip(ready.models, examples)
-        ]
-        if len([found for found in maps if found.layers]) != 1:
-            names = " and ".join(model.name for model in ready.models)
-            raise VitprobeError(
-                f"head_subsets compares one model with attention and one without, not {names}."
-            )
-        if not maps[0].layers:
-            raise VitprobeError(
-                f"Name the model with attention first: {ready.models[1].name} "
-                f"{ready.models[0].name}."
-            )
-        cnn = ready.models[1]
-        found = map_layers(cnn.name, cnn.module, examples[1])
-    return maps[0], found.choose(layers)[:LOWEST]
+    if not maps[0].layers:
+        raise VitprobeError(
+            f"Name the model with attention first: {ready.models[1].name} {ready.models[0].name}."
+        )
+    return maps[0], ready.layers(1).choose(layers)[:LOWEST]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.head_subsets``."""
-    parser = cli.parser("head_subsets", __doc__)
-    return cli.run(
-        parser,
-        argv,
-        "head_subsets",
-        lambda args: measure(
-            args.models, args.images, layers=args.layers, **cli.options(args, "head_subsets")
-        ),
-    )
+    return cli.command(HeadSubsets, measure, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -25,16 +25,28 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vitprobe import cli
-from vitprobe.images.labelled import open_task
-from vitprobe.models.loading import load_models
+from vitprobe.images.labelled import Task, open_task
+from vitprobe.models.loading import Model
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
-from vitprobe.running.options import Options
-from vitprobe.running.probes import READOUTS, TestCounts, fit_draw, side_by_side, test_probes
-from vitprobe.running.session import session
-from vitprobe.tracing.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS, placed_layers
+from vitprobe.running.measurement import Measurement, Watch, measure_one
+from vitprobe.running.options import Options, option
+from vitprobe.running.probes import (
+    READOUTS,
+    TestCounts,
+    captured,
+    count_right,
+    fit_draw,
+    grids_of,
+    side_by_side,
+    vectors,
+)
+from vitprobe.running.session import Batch, Session
+from vitprobe.tracing.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS, Placed, placed_layers
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
 # "Far better", in numbers.
@@ -238,6 +250,86 @@ def _variance_of_mean(draws: np.ndarray) -> np.ndarray:
     return draws.var(0, ddof=1) / count
 
 
+@dataclass(frozen=True)
+class LinearProbe(Measurement):
+    """Options of ``measure``; ``task`` is drawn from the images."""
+
+    test_images: Any = option(
+        None, "labelled, of the same classes; a seeded part of --images if left out", metavar="PATH"
+    )
+    shots: int = option(10, "fitting images per class (%(default)s)", type=int, metavar="N")
+    draws: int = option(
+        3, "times that fitting images are drawn (%(default)s)", type=int, metavar="N"
+    )
+    layers: str | Sequence[str] = option(
+        "blocks", "blocks (default), last, or names with wildcards", nargs="+", metavar="L"
+    )
+    task: Task | None = None
+
+    analysis: ClassVar[str] = "linear_probe"
+
+    def on(
+        self, models: list[Model], images: Any, options: Options
+    ) -> tuple[Measurement, Any, Options]:
+        task = open_task(
+            images, self.test_images, self.shots, self.draws, options.num_images, options.seed
+        )
+        return replace(self, task=task), task.test, replace(options, num_images=None)
+
+    def prepare(self, ready: Session) -> Watch:
+        assert self.task is not None
+        return _Watch(ready, self, self.task)
+
+
+MEASUREMENT = LinearProbe
+
+
+class _Watch(Watch):
+    """How many test images each probe tells right; the probes are fitted in passes of their own."""
+
+    def __init__(self, ready: Session, asked: LinearProbe, task: Task) -> None:
+        with ready.autocast():
+            self.placed, self.kinds = placed_layers(ready.models, ready.example(), asked.layers)
+        self.asked, self.task = asked, task
+        fitted = [fit_draw(ready.on(draw), self.placed, len(task.classes)) for draw in task.draws]
+        self.probes = [side_by_side(list(layer)) for layer in zip(*fitted)]
+        self.grids = grids_of(self.placed)
+        self.labels = torch.from_numpy(ready.images.chosen_labels())
+        shapes = {f"right{i}": probe.penalty.shape for i, probe in enumerate(self.probes)}
+        decides = {
+            "layers": [one.layer.label for one in self.placed],
+            "fitted on": [draw.digest for draw in task.draws],
+            "classes": task.classes,
+            "labels": task.labels_sha256(),
+        }
+        super().__init__(ready, ready.sums(tested=(), **shapes), decides)
+
+    def watching(self, m: int, batch: Batch) -> Any:
+        truth = self.labels[batch.positions]
+
+        def take(i: int, tensor: Tensor) -> None:
+            found = vectors(tensor, self.placed[i].places, self.grids[i])
+            right = self.probes[i].correct(found, truth)
+            self.sums[f"right{i}"] += right.to(self.sums["tested"])
+
+        return captured(self.ready, m, self.placed, range(len(self.placed)), take)
+
+    def end(self, batch: Batch) -> None:
+        self.sums["tested"] += len(batch)
+
+    def result(self, meta: dict[str, Any]) -> LinearProbeResult:
+        counts = count_right(self.placed, self.grids, self.probes, self.sums)
+        meta |= {
+            "shots": self.asked.shots,
+            "draws": self.asked.draws,
+            "classes": list(self.task.classes),
+            "split": self.task.split,
+            "kinds": self.kinds,
+            "fitted_on": [draw.digest for draw in self.task.draws],
+        }
+        return _result(meta, counts, self.placed)
+
+
 def measure(
     models: Any,
     images: Any = None,
@@ -265,59 +357,21 @@ def measure(
         VitprobeError: unknown models, images or layers; images without labels, too few of a class;
             activations that are not finite.
     """
-    asked = Options(**options)
-    loaded = load_models(models, asked.image_size, asked.seed, asked.names)
-    task = open_task(images, test_images, shots, draws, asked.num_images, asked.seed)
-    # The fitting passes are short: only the test pass leaves a state to go on from.
-    fitting = replace(asked, num_images=None, checkpoint=None)
-    probes = []
-    for number, draw in enumerate(task.draws):
-        with session(loaded, draw, fitting) as ready:
-            if number == 0:
-                with ready.autocast():
-                    placed, kinds = placed_layers(ready.models, ready.example(), layers)
-            probes.append(fit_draw(ready, placed, len(task.classes)))
-    joined = [side_by_side(list(layer)) for layer in zip(*probes)]
-    with session(loaded, task.test, replace(asked, num_images=None)) as ready:
-        decides = {
-            "analysis": "linear_probe",
-            "layers": [one.layer.label for one in placed],
-            "fitted on": [draw.digest for draw in task.draws],
-            "classes": task.classes,
-            "labels": task.labels_sha256(),
-        }
-        counts = test_probes(ready, placed, joined, decides)
-        meta = ready.meta("linear_probe")
-    meta |= {
-        "shots": shots,
-        "draws": draws,
-        "classes": list(task.classes),
-        "split": task.split,
-        "kinds": kinds,
-        "fitted_on": decides["fitted on"],
-    }
-    return _result(meta, counts, [one.layer.label for one in placed],
-                   np.array([one.model for one in placed]),
-                   np.array([one.depth for one in placed]))  # fmt: skip
+    asked = LinearProbe(test_images, shots, draws, layers)
+    return measure_one(asked, models, images, Options(**options))
 
 
-def _result(
-    meta: dict[str, Any],
-    counts: TestCounts,
-    labels: list[str],
-    owner: np.ndarray,
-    depth: np.ndarray,
-) -> LinearProbeResult:
+def _result(meta: dict[str, Any], counts: TestCounts, placed: list[Placed]) -> LinearProbeResult:
     accuracy = counts.accuracy.mean(0)
     tests = accuracy * (1 - accuracy) / meta["n"]
     return LinearProbeResult(
         meta,
         accuracy=accuracy,
         accuracy_se=np.sqrt(_variance_of_mean(counts.accuracy) + tests),
-        layers=np.array(labels),
+        layers=np.array([one.layer.label for one in placed]),
         readouts=np.array(READOUTS),
-        model_of_layer=owner,
-        depth=depth,
+        model_of_layer=np.array([one.model for one in placed]),
+        depth=np.array([one.depth for one in placed]),
         accuracy_of_draw=counts.accuracy,
         place_accuracy=counts.places,
         penalty=counts.penalty,
@@ -326,28 +380,7 @@ def _result(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.linear_probe``."""
-    parser = cli.parser("linear_probe", __doc__)
-    add = parser.add_argument
-    add("--test-images", metavar="PATH",
-        help="labelled, of the same classes; a seeded part of --images if left out")  # fmt: skip
-    add("--shots", type=int, default=10, metavar="N", help="fitting images a class (%(default)s)")
-    add("--draws", type=int, default=3, metavar="N",
-        help="times that fitting images are drawn (%(default)s)")  # fmt: skip
-    return cli.run(
-        parser,
-        argv,
-        "linear_probe",
-        lambda args: measure(
-            args.models,
-            args.images,
-            test_images=args.test_images,
-            shots=args.shots,
-            draws=args.draws,
-            layers=args.layers,
-            **cli.options(args, "linear_probe"),
-        ),
-        DEFAULT_MODELS,
-    )
+    return cli.command(LinearProbe, measure, __doc__, argv, DEFAULT_MODELS)
 
 
 if __name__ == "__main__":

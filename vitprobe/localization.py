@@ -28,12 +28,12 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from vitprobe import cli
-from vitprobe.errors import VitprobeError
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, decide, plus_minus
 from vitprobe.results.tables import Label
-from vitprobe.running.loop import run
-from vitprobe.running.session import Batch, Options, Session, Sums, session
+from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.options import Options, option
+from vitprobe.running.session import Batch, Session, Sums
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, bootstrap_error, jackknife
 from vitprobe.statistics.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
 from vitprobe.tracing.capture import capture
@@ -261,6 +261,88 @@ class LocalizationResult(Result):
 RESULT = LocalizationResult
 
 
+@dataclass(frozen=True)
+class Localization(Measurement):
+    """Options of ``measure``."""
+
+    layers: str | Sequence[str] = option(
+        "last",
+        "last: the last block; blocks: all, with contrast against depth; or names with wildcards",
+        nargs="+",
+        metavar="L",
+    )
+
+    analysis: ClassVar[str] = "localization"
+    at_least: ClassVar[int] = MIN_BATCH
+
+    def prepare(self, ready: Session) -> Watch:
+        return _Watch(ready, self.layers)
+
+
+MEASUREMENT = Localization
+
+
+class _Watch(Watch):
+    """HSIC₁ of every token and location of the chosen layers with every patch of the input."""
+
+    def __init__(self, ready: Session, layers: str | Sequence[str]) -> None:
+        with ready.autocast():
+            self.placed, self.kinds = placed_layers(ready.models, ready.example(), layers)
+        self.grids = [one.places.thinned(MAX_MAP_SIDE) for one in self.placed]
+        self.labels = [one.layer.label for one in self.placed]
+        # One matrix a layer and group, tokens and patches with themselves at its edge.
+        sizes = [len(grid) + 1 for grid in self.grids]
+        affordable = SUM_BYTES // (8 * sum(size**2 for size in sizes))
+        groups = min(MAX_GROUPS, len(ready.batches), max(2, affordable))
+        shapes = {f"hsic{i}": (groups, size, size) for i, size in enumerate(sizes)}
+        super().__init__(
+            ready,
+            ready.sums(**shapes),
+            {"layers": self.labels},
+            scratch=_scratch(ready, self.placed, self.grids),
+            groups=groups,
+        )
+        self._found: list[tuple[int, Tensor]] = []
+
+    def watching(self, m: int, batch: Batch) -> Any:
+        model, inputs = self.ready.models[m], batch.inputs[m]
+        mine = [i for i, one in enumerate(self.placed) if one.model == m]
+
+        def reduce(k: int, tensor: Tensor) -> None:
+            grid = self.grids[mine[k]]
+            value = place_hsic(grid.spatial(tensor), input_patches(inputs, grid.rows, grid.columns))
+            check_finite(torch.isfinite(value).all(), self.labels[mine[k]], model)
+            self._found.append((mine[k], value))
+
+        return capture(model.module, [self.placed[i].layer for i in mine], reduce)
+
+    def end(self, batch: Batch) -> None:
+        for i, value in self._found:
+            self.sums[f"hsic{i}"][self.group(batch)] += value
+        self._found = []
+
+    def result(self, meta: dict[str, Any]) -> LocalizationResult:
+        meta["kinds"] = self.kinds
+        return LocalizationResult(
+            meta,
+            layers=np.array(self.labels),
+            model_of_layer=np.array([one.model for one in self.placed]),
+            depth=np.array([one.depth for one in self.placed]),
+            **_arrays(self.grids, self.sums, self.used),
+        )
+
+
+def _scratch(ready: Session, placed: list[Placed], grids: list[Places]) -> int:
+    """Bytes for the layer that needs most of them, one being looked at after the other."""
+    n, most = min(ready.options.batch_size, len(ready.images)), 0
+    examples = ready.example()
+    for one, grid in zip(placed, grids):
+        places, example = grid.rows * grid.columns, examples[one.model]
+        patch = example[0].numel() // places
+        most = max(most, scratch_bytes(n, places, max(one.places.features, patch)))
+    return most
+
+
 def measure(
     models: Any, images: Any = None, *, layers: str | Sequence[str] = "last", **options: Any
 ) -> LocalizationResult:
@@ -277,90 +359,10 @@ def measure(
         VitprobeError: unknown models, images or layers; a layer named that has no grid; fewer than
             4 images a batch; activations that are not finite.
     """
-    with session(models, images, Options(**options), at_least=MIN_BATCH) as ready:
-        if ready.options.batch_size < MIN_BATCH:
-            raise VitprobeError(
-                f"CKA needs batches of at least {MIN_BATCH} images, not --batch-size "
-                f"{ready.options.batch_size}."
-            )
-        with ready.autocast():
-            placed, kinds = placed_layers(ready.models, ready.example(), layers)
-        grids = [one.places.thinned(MAX_MAP_SIDE) for one in placed]
-        sums = _sums(ready, grids)
-        groups = len(sums["used"])
-
-        def step(batch: Batch) -> None:
-            if len(batch) < MIN_BATCH:
-                sums["left_out"] += len(batch)
-                return
-            for i, found in _hsic(ready, batch, placed, grids):
-                sums[f"hsic{i}"][batch.index % groups] += found
-            sums["used"][batch.index % groups] += 1
-
-        labels = [one.layer.label for one in placed]
-        decides = {"analysis": "localization", "layers": labels}
-        run(ready, step, sums, decides=decides, scratch=_scratch(ready, placed, grids))
-        if not sums["used"].sum():
-            raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
-        meta = ready.meta("localization")
-        meta["replicates"] = int((sums["used"] > 0).sum())
-        meta["left_out"] = int(sums["left_out"])
-        meta["n"] -= meta["left_out"]
-        meta["kinds"] = kinds
-        return LocalizationResult(
-            meta,
-            layers=np.array(labels),
-            model_of_layer=np.array([one.model for one in placed]),
-            depth=np.array([one.depth for one in placed]),
-            **_arrays(grids, sums),
-        )
+    return measure_one(Localization(layers), models, images, Options(**options))
 
 
-def _sums(ready: Session, grids: list[Places]) -> Sums:
-    """One matrix of HSIC sums a layer and group, tokens and patches with themselves at its edge."""
-    sizes = [len(grid) + 1 for grid in grids]
-    affordable = SUM_BYTES // (8 * sum(size**2 for size in sizes))
-    groups = min(MAX_GROUPS, len(ready.batches), max(2, affordable))
-    shapes = {f"hsic{i}": (groups, size, size) for i, size in enumerate(sizes)}
-    return ready.sums(used=(groups,), left_out=(), **shapes)
-
-
-def _scratch(ready: Session, placed: list[Placed], grids: list[Places]) -> int:
-    """Bytes for the layer that needs most of them, one being looked at after the other."""
-    n, most = min(ready.options.batch_size, len(ready.images)), 0
-    examples = ready.example()
-    for one, grid in zip(placed, grids):
-        places, example = grid.rows * grid.columns, examples[one.model]
-        patch = example[0].numel() // places
-        most = max(most, scratch_bytes(n, places, max(one.places.features, patch)))
-    return most
-
-
-def _hsic(
-    ready: Session, batch: Batch, placed: list[Placed], grids: list[Places]
-) -> list[tuple[int, Tensor]]:
-    """(layer, its HSIC with the input) of every layer; one forward pass a model."""
-    found = []
-    for m, (model, inputs) in enumerate(zip(ready.models, batch.inputs)):
-        mine = [i for i, one in enumerate(placed) if one.model == m]
-
-        def reduce(k: int, tensor: Tensor, mine: list[int] = mine, inputs: Tensor = inputs) -> None:
-            grid = grids[mine[k]]
-            value = place_hsic(grid.spatial(tensor), input_patches(inputs, grid.rows, grid.columns))
-            if not torch.isfinite(value).all():
-                one = placed[mine[k]]
-                raise VitprobeError(
-                    f"The layer {one.layer.label} of {ready.models[one.model].name} is not finite; "
-                    f"it is the first such layer."
-                )
-            found.append((mine[k], value))
-
-        with capture(model.module, [placed[i].layer for i in mine], reduce), ready.autocast():
-            model.module(inputs)
-    return found
-
-
-def _arrays(grids: list[Places], sums: Sums) -> dict[str, np.ndarray]:
+def _arrays(grids: list[Places], sums: Sums, used: Tensor) -> dict[str, np.ndarray]:
     sides = np.array([(grid.rows, grid.columns) for grid in grids])
     maps, numbers = [], []
     for i, (rows, columns) in enumerate(sides.tolist()):
@@ -373,9 +375,9 @@ def _arrays(grids: list[Places], sums: Sums) -> dict[str, np.ndarray]:
         # The place of a maximum jumps, so the jackknife will not do.
         numbers.append(
             [
-                *jackknife(lambda total: contrast(place_cka(total)), groups, sums["used"]),
+                *jackknife(lambda total: contrast(place_cka(total)), groups, used),
                 peak_share(values, rows, columns).cpu().numpy(),
-                bootstrap_error(share, groups, sums["used"]),
+                bootstrap_error(share, groups, used),
             ]
         )
         padded = np.full((rows * columns, *sides.max(0)), np.nan, np.float32)
@@ -396,21 +398,7 @@ def _arrays(grids: list[Places], sums: Sums) -> dict[str, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.localization``."""
-    parser = cli.parser("localization", __doc__, layers=False)
-    parser.add_argument(
-        "--layers", nargs="+", default=["last"], metavar="L",
-        help="last (default): the last block; blocks: all, with contrast against depth; or names "
-        "with wildcards",
-    )  # fmt: skip
-    return cli.run(
-        parser,
-        argv,
-        "localization",
-        lambda args: measure(
-            args.models, args.images, layers=args.layers, **cli.options(args, "localization")
-        ),
-        DEFAULT_MODELS,
-    )
+    return cli.command(Localization, measure, __doc__, argv, default_models=DEFAULT_MODELS)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ figure. Standard errors by the jackknife over batches.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,14 +28,15 @@ from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError, nearest
+from vitprobe.models.loading import Model
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, decide, plus_minus
-from vitprobe.running.loop import run
-from vitprobe.running.options import Options
-from vitprobe.running.session import Batch, Session, session
+from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.options import Options, option
+from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.layers import Layer, LayerMap, map_layers
+from vitprobe.tracing.layers import Layer, LayerMap
 from vitprobe.tracing.trace import AdditionHooks
 
 # The paper's blocks 1, 7 and 10 of 12, as fractions of the depth.
@@ -202,6 +204,110 @@ class _Panel:
     removes: bool = False
 
 
+@dataclass(frozen=True)
+class SkipAblation(Measurement):
+    """Options of ``measure``."""
+
+    layers: str | Sequence[str] = option(
+        "paper", "paper, blocks, all, or names with wildcards", nargs="+", metavar="L"
+    )
+    blocks: Sequence[str | int] | None = option(
+        None, "names or indices of blocks that lose their skips", nargs="+", metavar="B"
+    )
+    trained_without: str | int | None = option(
+        None, "the block whose skips the second of two models was trained without", metavar="B"
+    )
+
+    analysis: ClassVar[str] = "skip_ablation"
+    at_least: ClassVar[int] = MIN_BATCH
+
+    def on(
+        self, models: list[Model], images: Any, options: Options
+    ) -> tuple[Measurement, Any, Options]:
+        if images is None and options.num_images is None:
+            options = replace(options, num_images=DEFAULT_SCENES)
+        return self, images, options
+
+    def prepare(self, ready: Session) -> Watch:
+        return _Watch(ready, self)
+
+
+MEASUREMENT = SkipAblation
+
+
+class _Watch(Watch):
+    """Grams of the intact networks in the shared passes, of those without skips in its own."""
+
+    def __init__(self, ready: Session, asked: SkipAblation) -> None:
+        self.trained = asked.trained_without is not None
+        self.panels = _panels(ready, asked.layers, asked.blocks, asked.trained_without)
+        self.size = max(len(panel.layers) for panel in self.panels)
+        groups = min(MAX_GROUPS, len(ready.batches))
+        facts = [[p.model, p.block, *(layer.label for layer in p.layers)] for p in self.panels]
+        sums = ready.sums(hsic=(groups, len(self.panels), self.size, self.size))
+        super().__init__(ready, sums, {"panels": facts})
+        self._grams: dict[int, list[Tensor]] = {}
+
+    def watching(self, m: int, batch: Batch) -> Any:
+        stack = ExitStack()
+        for p, panel in enumerate(self.panels):
+            if panel.model == m and not panel.removes:
+                stack.enter_context(self._capture(p, partial(batch.gram, self.ready.models[m])))
+        return stack
+
+    def _capture(self, p: int, gram_of: Callable[[Layer, Tensor], Tensor]) -> Any:
+        layers = self.panels[p].layers
+        grams = self._grams[p] = [torch.empty(0)] * len(layers)
+
+        def reduce(i: int, tensor: Tensor) -> None:
+            grams[i] = gram_of(layers[i], tensor)
+
+        return capture(self.ready.models[self.panels[p].model].module, layers, reduce)
+
+    def end(self, batch: Batch) -> None:
+        for p, panel in enumerate(self.panels):
+            model = self.ready.models[panel.model]
+            if panel.removes:
+                branch = {
+                    addition: lambda skip, branch: branch
+                    for addition in panel.found.trace.additions
+                    if addition.module == panel.block
+                }
+                # Outside the capture, which then sees what stands in for the sums.
+                with (
+                    AdditionHooks(model.module, before=branch),
+                    self._capture(p, lambda _, tensor: gram(tensor)),
+                ):
+                    self.ready.forward(panel.model, batch)
+            grams = torch.stack(self._grams.pop(p))
+            where = f" without the skips of {panel.block}" if panel.block else ""
+            for i in (~torch.isfinite(grams).all((1, 2))).nonzero().flatten().tolist():
+                named = replace(model, name=model.name + where)
+                check_finite(False, panel.layers[i].label, named)
+            value = hsic(grams)
+            self.sums["hsic"][self.group(batch), p, : len(value), : len(value)] += value
+
+    def result(self, meta: dict[str, Any]) -> SkipAblationResult:
+        meta["trained_without"] = self.trained
+        meta["experiment"] = TRAINED if self.trained else REMOVED
+        panels, sums = self.panels, self.sums["hsic"]
+        sides = np.ones((len(panels), self.size), dtype=np.int64)
+        names = np.full((len(panels), self.size), "", dtype="U200")
+        for p, panel in enumerate(panels):
+            names[p, : len(panel.layers)] = [layer.label for layer in panel.layers]
+            if panel.block:
+                sides[p, : len(panel.layers)] = _sides(panel.found, panel.layers, panel.block)
+        means, error = jackknife(
+            lambda total: _means(normalise(total).cpu(), panels, sides), sums, self.used
+        )
+        value = normalise(sums.sum(0)).cpu().numpy()
+        return SkipAblationResult(
+            meta, value, names, np.array([panel.model for panel in panels]),
+            np.array([panel.block for panel in panels]), sides, means[:, :4], error[:, :4],
+            np.stack([means[:, 4], error[:, 4]], axis=1),
+        )  # fmt: skip
+
+
 def measure(
     models: Any,
     images: Any = None,
@@ -227,61 +333,14 @@ def measure(
         VitprobeError: unknown models, images, layers or blocks; a second model that has skips in
             the block after all; fewer than 4 images; activations that are not finite.
     """
-    if images is None and options.get("num_images") is None:
-        options["num_images"] = DEFAULT_SCENES
-    with session(models, images, Options(**options), at_least=MIN_BATCH) as ready:
-        if ready.options.batch_size < MIN_BATCH:
-            raise VitprobeError(
-                f"CKA needs batches of at least {MIN_BATCH} images, not --batch-size "
-                f"{ready.options.batch_size}."
-            )
-        panels = _panels(ready, layers, blocks, trained_without)
-        groups = min(MAX_GROUPS, len(ready.batches))
-        size = max(len(panel.layers) for panel in panels)
-        sums = ready.sums(hsic=(groups, len(panels), size, size), used=(groups,), left_out=())
-
-        def step(batch: Batch) -> None:
-            if len(batch) < MIN_BATCH:
-                sums["left_out"] += len(batch)
-                return
-            for p, panel in enumerate(panels):
-                value = hsic(_grams(ready, batch, panel))
-                sums["hsic"][batch.index % groups, p, : len(value), : len(value)] += value
-            sums["used"][batch.index % groups] += 1
-
-        facts = [[p.model, p.block, *(layer.label for layer in p.layers)] for p in panels]
-        run(ready, step, sums, decides={"analysis": "skip_ablation", "panels": facts})
-        if not sums["used"].sum():
-            raise VitprobeError(f"No batch of at least {MIN_BATCH} readable images was left.")
-        meta = ready.meta("skip_ablation")
-        meta["n"] -= int(sums["left_out"])
-        meta["replicates"] = int((sums["used"] > 0).sum())
-    meta["trained_without"] = trained_without is not None
-    meta["experiment"] = TRAINED if meta["trained_without"] else REMOVED
-    sides = np.ones((len(panels), size), dtype=np.int64)
-    names = np.full((len(panels), size), "", dtype="U200")
-    for p, panel in enumerate(panels):
-        names[p, : len(panel.layers)] = [layer.label for layer in panel.layers]
-        if panel.block:
-            sides[p, : len(panel.layers)] = _sides(panel.found, panel.layers, panel.block)
-    means, error = jackknife(
-        lambda total: _means(normalise(total).cpu(), panels, sides), sums["hsic"], sums["used"]
-    )
-    value = normalise(sums["hsic"].sum(0)).cpu().numpy()
-    return SkipAblationResult(
-        meta, value, names, np.array([panel.model for panel in panels]),
-        np.array([panel.block for panel in panels]), sides, means[:, :4], error[:, :4],
-        np.stack([means[:, 4], error[:, 4]], axis=1),
-    )  # fmt: skip
+    asked = SkipAblation(layers, blocks, trained_without)
+    return measure_one(asked, models, images, Options(**options))
 
 
 def _panels(
     ready: Session, layers: Any, blocks: Sequence[str | int] | None, without: str | int | None
 ) -> list[_Panel]:
-    maps = []
-    for model, example in zip(ready.models, ready.example()):
-        with ready.autocast():
-            maps.append(map_layers(model.name, model.module, example))
+    maps = [ready.layers(m) for m in range(len(ready.models))]
     intact = [_Panel(m, found, found.choose(layers)) for m, found in enumerate(maps)]
     if without is not None:
         if len(maps) != 2 or blocks is not None:
@@ -365,53 +424,9 @@ def _means(values: Tensor, panels: list[_Panel], sides: np.ndarray) -> Tensor:
     return torch.stack(rows)
 
 
-def _grams(ready: Session, batch: Batch, panel: _Panel) -> Tensor:
-    """(L, n, n) of the panel's layers; one forward pass."""
-    module = ready.models[panel.model].module
-    grams: list[Tensor] = [torch.empty(0)] * len(panel.layers)
-
-    def reduce(i: int, tensor: Tensor) -> None:
-        grams[i] = gram(tensor)
-
-    additions = [
-        a for a in panel.found.trace.additions if panel.removes and a.module == panel.block
-    ]
-    with ExitStack() as stack:
-        if additions:
-            # Outside the capture, which then sees what stands in for the sums.
-            branch = {addition: lambda skip, branch: branch for addition in additions}
-            stack.enter_context(AdditionHooks(module, before=branch))
-        stack.enter_context(capture(module, panel.layers, reduce))
-        stack.enter_context(ready.autocast())
-        module(batch.inputs[panel.model])
-    stacked = torch.stack(grams)
-    bad = (~torch.isfinite(stacked).all((1, 2))).nonzero()
-    if len(bad):
-        where = f" without the skips of {panel.block}" if panel.block else ""
-        raise VitprobeError(
-            f"The layer {panel.layers[int(bad[0])].label} of {ready.models[panel.model].name}"
-            f"{where} is not finite; it is the first such layer."
-        )
-    return stacked
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.skip_ablation``."""
-    parser = cli.parser("skip_ablation", __doc__)
-    parser.set_defaults(layers=["paper"])
-    add = parser.add_argument
-    add("--blocks", nargs="+", metavar="B", help="names or indices of blocks that lose their skips")
-    add("--trained-without", metavar="B",
-        help="the block whose skips the second of two models was trained without")  # fmt: skip
-    return cli.run(
-        parser,
-        argv,
-        "skip_ablation",
-        lambda args: measure(
-            args.models, args.images, layers=args.layers, blocks=args.blocks,
-            trained_without=args.trained_without, **cli.options(args, "skip_ablation"),
-        ),
-    )  # fmt: skip
+    return cli.command(SkipAblation, measure, __doc__, argv)
 
 
 if __name__ == "__main__":

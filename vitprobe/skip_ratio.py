@@ -16,7 +16,8 @@ where nothing else is there. Standard errors over images.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, product
@@ -27,13 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe import cli
-from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.errors import NotApplicable
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
-from vitprobe.running.loop import run
-from vitprobe.running.session import Batch, Options, Session, Sums, session
+from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.options import Options
+from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
-from vitprobe.tracing.layers import Layer, LayerMap, map_layers
+from vitprobe.tracing.layers import Layer, LayerMap
 from vitprobe.tracing.places import Places, find_places
 from vitprobe.tracing.trace import Addition, AdditionHooks
 
@@ -273,6 +275,79 @@ class SkipRatioResult(Result):
 RESULT = SkipRatioResult
 
 
+@dataclass(frozen=True)
+class SkipRatio(Measurement):
+    """It has no options of its own."""
+
+    analysis: ClassVar[str] = "skip_ratio"
+
+    def prepare(self, ready: Session) -> Watch:
+        return _Watch(ready)
+
+
+MEASUREMENT = SkipRatio
+
+
+class _Watch(Watch):
+    """Norms and products of skip and branch at every residual addition."""
+
+    def __init__(self, ready: Session) -> None:
+        self.plans = [_plan(ready, m) for m in range(len(ready.models))]
+        self.labels = [layer.label for plan in self.plans for layer in plan.layers]
+        self.starts = np.cumsum([0, *(len(plan.layers) for plan in self.plans)]).tolist()
+        size = len(self.labels), max(plan.tokens for plan in self.plans)
+        self.shapes: dict[str, Sequence[int]] = {
+            "ratio": size,
+            "cosine": size,
+            "spatial": size[:1],
+            "log_ratio": (len(self.plans), 3),
+        }
+        sums = ready.sums(**moment_shapes(**self.shapes), zeros=size)
+        super().__init__(ready, sums, {"layers": self.labels})
+
+    @contextmanager
+    def watching(self, m: int, batch: Batch) -> Iterator[None]:
+        model, plan, sums = self.ready.models[m], self.plans[m], self.sums
+        number = plan.layout["class_token"] or 0
+        logs: list[tuple[Tensor, Tensor]] = [(batch.inputs[m],) * 2] * len(plan.layers)
+
+        def take(i: int, skip: Tensor, branch: Tensor) -> None:
+            layer, row = plan.layers[i], self.starts[m] + i
+            found = norms_and_product(layer.by_image(skip), layer.by_image(branch), plan.axes[i])
+            parts = [part.flatten(1).to(sums["zeros"].device).double() for part in found]
+            check_finite(torch.isfinite(torch.stack(parts)).all(), layer.label, model)
+            ratio, cosine = ratio_and_cosine(*parts)
+            there = np.setdiff1d(np.arange(ratio.shape[1]), plan.without_place[i])
+            spatial = ratio[:, there].nanmean(1)
+            zeros = ratio.isnan()
+            if plan.tokens == 1:
+                ratio, cosine = ratio.nanmean(1, True), cosine.nanmean(1, True)
+                zeros = zeros.any(1, True)
+            tokens = slice(0, plan.tokens)
+            add_moments(sums, "ratio", (row, tokens), ratio)
+            add_moments(sums, "cosine", (row, tokens), cosine)
+            add_moments(sums, "spatial", (row,), spatial)
+            sums["zeros"][row, tokens] += zeros.sum(0)
+            logs[i] = spatial.log(), ratio[:, number].log()
+
+        hooks: Any = {layer.addition: partial(take, i) for i, layer in enumerate(plan.layers)}
+        with AdditionHooks(model.module, before=hooks):
+            yield
+        spatial, first = (torch.stack(column, 1) for column in zip(*logs))
+        gap, half = _finite(first - spatial), (len(logs) + 1) // 2
+        three = (gap[:, :half].nanmean(1), gap[:, half:].nanmean(1), _finite(spatial).nanmean(1))
+        add_moments(sums, "log_ratio", (m,), torch.stack(three, 1))
+
+    def result(self, meta: dict[str, Any]) -> SkipRatioResult:
+        moments = [array for name in self.shapes for array in mean_and_error(self.sums, name)]
+        meta["layouts"] = [plan.layout for plan in self.plans]
+        zeros = self.sums["zeros"].cpu().numpy().astype(np.int64)
+        kinds = np.array([kind for plan in self.plans for kind in plan.kinds])
+        owner = np.repeat(np.arange(len(self.plans)), np.diff(self.starts))
+        arrays = [*moments, zeros, kinds, np.array(self.labels), owner]
+        return SkipRatioResult(meta, *arrays)
+
+
 def measure(models: Any, images: Any = None, **options: Any) -> SkipRatioResult:
     """Norm ratio and cosine of skip and branch at every residual addition of the models.
 
@@ -285,29 +360,7 @@ def measure(models: Any, images: Any = None, **options: Any) -> SkipRatioResult:
         VitprobeError: unknown models or images; a model without residual additions; activations
             that are not finite.
     """
-    with session(models, images, Options(**options)) as ready:
-        plans = [_plan(ready, m, example) for m, example in enumerate(ready.example())]
-        owner = np.repeat(np.arange(len(plans)), [len(plan.layers) for plan in plans])
-        labels = [layer.label for plan in plans for layer in plan.layers]
-        starts = np.searchsorted(owner, np.arange(len(plans))).tolist()
-        size = len(labels), max(plan.tokens for plan in plans)
-        shapes: Any = {
-            "ratio": size, "cosine": size, "spatial": size[:1], "log_ratio": (len(plans), 3),
-        }  # fmt: skip
-        sums = ready.sums(**moment_shapes(**shapes), zeros=size)
-
-        def step(batch: Batch) -> None:
-            for m, (plan, start) in enumerate(zip(plans, starts)):
-                _step(ready, batch.inputs[m], m, plan, start, sums)
-
-        run(ready, step, sums, decides={"analysis": "skip_ratio", "layers": labels})
-        moments = [array for name in shapes for array in mean_and_error(sums, name)]
-        meta = ready.meta("skip_ratio")
-        meta["layouts"] = [plan.layout for plan in plans]
-    zeros = sums["zeros"].cpu().numpy().astype(np.int64)
-    kinds = np.array([kind for plan in plans for kind in plan.kinds])
-    arrays = [*moments, zeros, kinds, np.array(labels), owner]
-    return SkipRatioResult(meta, *arrays)
+    return measure_one(SkipRatio(), models, images, Options(**options))
 
 
 @dataclass(frozen=True)
@@ -322,10 +375,8 @@ class _Plan:
     layout: dict[str, Any]
 
 
-def _plan(ready: Session, m: int, example: Tensor) -> _Plan:
-    model = ready.models[m]
-    with ready.autocast():
-        found = map_layers(model.name, model.module, example)
+def _plan(ready: Session, m: int) -> _Plan:
+    model, found, example = ready.models[m], ready.layers(m), ready.example()[m]
     layers = [layer for layer in found.layers if layer.addition is not None]
     if not layers:
         raise NotApplicable(
@@ -395,43 +446,6 @@ def _axis(layer: Layer, found: LayerMap) -> int:
     return -1
 
 
-def _step(ready: Session, inputs: Tensor, m: int, plan: _Plan, start: int, sums: Sums) -> None:
-    logs: list[tuple[Tensor, Tensor]] = [(inputs, inputs)] * len(plan.layers)
-    number = plan.layout["class_token"] or 0
-
-    def take(i: int, skip: Tensor, branch: Tensor) -> None:
-        layer = plan.layers[i]
-        found = norms_and_product(layer.by_image(skip), layer.by_image(branch), plan.axes[i])
-        parts = [part.flatten(1).to(sums["zeros"].device).double() for part in found]
-        if not torch.isfinite(torch.stack(parts)).all():
-            raise VitprobeError(
-                f"The layer {layer.label} of {ready.models[m].name} is not finite; it is the "
-                f"first such addition."
-            )
-        ratio, cosine = ratio_and_cosine(*parts)
-        there = np.setdiff1d(np.arange(ratio.shape[1]), plan.without_place[i])
-        spatial = ratio[:, there].nanmean(1)
-        zeros = ratio.isnan()
-        if plan.tokens == 1:
-            ratio, cosine, zeros = (
-                ratio.nanmean(1, True), cosine.nanmean(1, True), zeros.any(1, True),
-            )  # fmt: skip
-        row = start + i
-        add_moments(sums, "ratio", (row, slice(0, plan.tokens)), ratio)
-        add_moments(sums, "cosine", (row, slice(0, plan.tokens)), cosine)
-        add_moments(sums, "spatial", (row,), spatial)
-        sums["zeros"][row, : plan.tokens] += zeros.sum(0)
-        logs[i] = spatial.log(), ratio[:, number].log()
-
-    hooks: Any = {layer.addition: partial(take, i) for i, layer in enumerate(plan.layers)}
-    with AdditionHooks(ready.models[m].module, before=hooks), ready.autocast():
-        ready.models[m].module(inputs)
-    spatial, first = (torch.stack(column, 1) for column in zip(*logs))
-    gap, half = _finite(first - spatial), (len(logs) + 1) // 2
-    three = (gap[:, :half].nanmean(1), gap[:, half:].nanmean(1), _finite(spatial).nanmean(1))
-    add_moments(sums, "log_ratio", (m,), torch.stack(three, 1))
-
-
 def _finite(values: Tensor) -> Tensor:
     return values.where(values.isfinite(), torch.nan)
 
@@ -453,13 +467,7 @@ def _ticks(low: float, high: float) -> tuple[list[float], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.skip_ratio``."""
-    parser = cli.parser("skip_ratio", __doc__, layers=False)
-    return cli.run(
-        parser,
-        argv,
-        "skip_ratio",
-        lambda args: measure(args.models, args.images, **cli.options(args, "skip_ratio")),
-    )
+    return cli.command(SkipRatio, measure, __doc__, argv)
 
 
 if __name__ == "__main__":

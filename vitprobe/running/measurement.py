@@ -139,11 +139,11 @@ def check_batch_size(options: Options, at_least: int) -> None:
         )
 
 
-def check_finite(finite: bool | Tensor, label: str, model: Model, what: str = "layer") -> None:
-    """Raise VitprobeError, which names the layer, where a value is not finite."""
+def check_finite(finite: bool | Tensor, label: str, model: Model, of: str = "layer") -> None:
+    """Raise VitprobeError, which names the layer, where a value (``of`` it) is not finite."""
     if not finite:
         raise VitprobeError(
-            f"The layer {label} of {model.name} is not finite; it is the first such {what}."
+            f"The {of} {label} of {model.name} is not finite; it is the first such layer."
         )
 
 

@@ -8,9 +8,9 @@ no product of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vitprobe.errors import VitprobeError
 from vitprobe.running.loop import run
+from vitprobe.running.measurement import check_finite
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.ridge import PENALTIES, dual, ridge, signed_targets, standardise
 from vitprobe.tracing.capture import capture
@@ -191,33 +191,10 @@ def fit_draw(ready: Session, placed: list[Placed], classes: int) -> list[Probe]:
     return probes
 
 
-def test_probes(
-    ready: Session, placed: list[Placed], probes: list[Probe], decides: dict[str, Any]
-) -> TestCounts:
-    """One pass over the session's images with the probes of every layer."""
-    labels = torch.from_numpy(ready.images.chosen_labels())
-    grids = _grids(placed)
-    sums = ready.sums(
-        tested=(), **{f"right{i}": probe.penalty.shape for i, probe in enumerate(probes)}
-    )
-
-    def step(batch: Batch) -> None:
-        truth = labels[batch.positions]
-
-        def take(i: int, tensor: Tensor) -> None:
-            found = vectors(tensor, placed[i].places, grids[i])
-            sums[f"right{i}"] += probes[i].correct(found, truth).to(sums["tested"])
-
-        _watch(ready, batch, placed, range(len(placed)), take)
-        sums["tested"] += len(batch)
-
-    run(ready, step, sums, decides=decides)
-    return _counts(placed, grids, probes, sums)
-
-
-def _counts(
+def count_right(
     placed: list[Placed], grids: list[tuple[int, int]], probes: list[Probe], sums: Any
 ) -> TestCounts:
+    """Accuracies from how many images each probe told right."""
     draws = len(probes[0].penalty)
     accuracy = np.full((draws, len(placed), len(READOUTS)), np.nan)
     logs = np.full(accuracy.shape, np.nan)
@@ -236,7 +213,7 @@ def _counts(
     return TestCounts(accuracy, places, np.exp(logs.mean(0)))
 
 
-def _grids(placed: list[Placed]) -> list[tuple[int, int]]:
+def grids_of(placed: list[Placed]) -> list[tuple[int, int]]:
     """That of each model's last layer, for all its layers."""
     last = {one.model: (one.places.rows, one.places.columns) for one in placed}
     return [last[one.model] for one in placed]
@@ -244,7 +221,7 @@ def _grids(placed: list[Placed]) -> list[tuple[int, int]]:
 
 def _shape(placed: list[Placed], i: int) -> tuple[int, int]:
     """How many vectors a layer gives, and their features."""
-    places, (rows, columns) = placed[i].places, _grids(placed)[i]
+    places, (rows, columns) = placed[i].places, grids_of(placed)[i]
     return rows * columns + len(places.without_place) + 1, places.features
 
 
@@ -252,7 +229,7 @@ def _features(
     ready: Session, placed: list[Placed], now: list[int]
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Vectors of the layers (n, vectors, features), and which of the n images could be read."""
-    grids, total = _grids(placed), len(ready.images)
+    grids, total = grids_of(placed), len(ready.images)
     held = ready.sums(seen=(total,))
     home = held["seen"].device
     for i in now:
@@ -267,30 +244,28 @@ def _features(
         def take(i: int, tensor: Tensor) -> None:
             found = vectors(tensor, placed[i].places, grids[i])
             # One pass over them, and no tensor of truth values.
-            if not torch.isfinite(torch.stack(torch.aminmax(found))).all():
-                raise VitprobeError(
-                    f"The layer {placed[i].layer.label} of {ready.models[placed[i].model].name} is "
-                    f"not finite; it is the first such layer."
-                )
+            one = placed[i]
+            finite = torch.isfinite(torch.stack(torch.aminmax(found))).all()
+            check_finite(finite, one.layer.label, ready.models[one.model])
             held[f"layer{i}"][rows] = found.to(held[f"layer{i}"])
 
-        _watch(ready, batch, placed, now, take)
+        for m in sorted({placed[i].model for i in now}):
+            with captured(ready, m, placed, now, take):
+                ready.forward(m, batch)
         held["seen"][rows] = 1
 
     run(ready, step, held, decides={"analysis": "linear_probe, fitting"})
     return {i: held[f"layer{i}"] for i in now}, held["seen"] > 0
 
 
-def _watch(ready: Session, batch: Batch, placed: list[Placed], now: Any, take: Any) -> None:
-    """One forward pass a model, whose layers among ``now`` go to ``take``."""
-    for m, (model, inputs) in enumerate(zip(ready.models, batch.inputs)):
-        mine = [i for i in now if placed[i].model == m]
-        if not mine:
-            continue
+def captured(
+    ready: Session, m: int, placed: list[Placed], now: Iterable[int], take: Callable[..., None]
+) -> AbstractContextManager[None]:
+    """Within it, a pass of model ``m`` hands its layers among ``now`` to ``take``."""
+    mine = [i for i in now if placed[i].model == m]
 
-        def reduce(k: int, tensor: Tensor, mine: list[int] = mine) -> None:
-            with torch.autocast(tensor.device.type, enabled=False):
-                take(mine[k], tensor)
+    def reduce(k: int, tensor: Tensor) -> None:
+        with torch.autocast(tensor.device.type, enabled=False):
+            take(mine[k], tensor)
 
-        with capture(model.module, [placed[i].layer for i in mine], reduce), ready.autocast():
-            model.module(inputs)
+    return capture(ready.models[m].module, [placed[i].layer for i in mine], reduce)

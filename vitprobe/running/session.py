@@ -88,6 +88,15 @@ class Session:
         part._dataset = TransformedImages(part.models, self.images)
         return part
 
+    def on(self, images: Images) -> Session:
+        """The session on other images, of which nothing is kept on disk."""
+        part = copy.copy(self)
+        part.images, part.broken = images, []
+        part.options = replace(self.options, num_images=None, checkpoint=None)
+        part.batches = _batches(len(images), self.options.batch_size)
+        part._dataset = TransformedImages(self.models, images)
+        return part
+
     def example(self, count: int = 2) -> list[Tensor]:
         """The first ``count`` readable images, for each model."""
         if count == 2 and self._example:

@@ -7,8 +7,9 @@ probability outlives its layer, and few exist at a time: 1,369 tokens cost no mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.tracing.attention_map import AttentionLayer, AttentionMap, map_attention
 from vitprobe.tracing.attention_operations import AttentionObserver, Operation, joined
-from vitprobe.tracing.observing import observing
+from vitprobe.tracing.observing import observers_of, observing
 from vitprobe.tracing.rounding import decide, row_tolerance, same_twice, suspects
 
 __all__ = ["AttentionLayer", "AttentionMap", "map_attention", "observe"]
@@ -36,8 +37,12 @@ def observe(
     attention: AttentionMap,
     reduce: Reduce | None = None,
     outputs: Callable[[int, Tensor], None] | None = None,
+    only: Collection[int] | None = None,
 ) -> Iterator[None]:
     """Within it, every forward pass hands its attention to ``reduce``.
+
+    Who is entered inside another with the same map shares the probabilities with it, which are
+    then recomputed once.
 
     Args:
         module: the model that ``attention`` is of, in evaluation mode.
@@ -45,24 +50,38 @@ def observe(
         reduce: gets every layer's probabilities, in order; a layer's blocks follow each other.
         outputs: ``outputs(i, tensor)`` gets what layer i's heads put out, before heads are joined:
             (images, groups, heads, queries, features).
+        only: numbers of the layers wanted; all by default.
 
     Raises:
         VitprobeError: the probabilities are not those that made the layer's output, or the pass
             attends otherwise than the mapped one did. The hooks are gone afterwards.
     """
-    with observing(module, _Observer(attention, reduce, outputs)):
+    reader = _Reader(reduce, outputs, range(len(attention.layers)) if only is None else only)
+    for other in observers_of(module):
+        if isinstance(other, _Observer) and other.attention is attention:
+            other.readers.append(reader)
+            try:
+                yield
+            finally:
+                other.readers.remove(reader)
+            return
+    with observing(module, _Observer(attention, reader)):
         yield
 
 
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """Whom the attention of a pass goes to; see ``observe``."""
+
+    reduce: Reduce | None
+    outputs: Callable[[int, Tensor], None] | None
+    only: Collection[int]
+
+
 class _Observer(AttentionObserver):
-    def __init__(
-        self,
-        attention: AttentionMap,
-        reduce: Reduce | None,
-        outputs: Callable[[int, Tensor], None] | None,
-    ) -> None:
+    def __init__(self, attention: AttentionMap, reader: _Reader) -> None:
         super().__init__()
-        self.attention, self.reduce, self.outputs = attention, reduce, outputs
+        self.attention, self.readers = attention, [reader]
         self.index = {layer.ordinal: i for i, layer in enumerate(attention.layers)}
 
     def end(self) -> None:
@@ -78,18 +97,24 @@ class _Observer(AttentionObserver):
             return
         layer = self.attention.layers[i]
         device = operation.query.device.type
+        wanted = [reader for reader in self.readers if i in reader.only]
+        outputs = [reader.outputs for reader in wanted if reader.outputs is not None]
+        reduces = [reader.reduce for reader in wanted if reader.reduce is not None]
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            if self.outputs is not None:
+            if outputs:
                 if operation.out is None:
                     raise NotApplicable(
                         f"{layer.label} of {self.attention.model} does not show the output of each "
                         f"of its heads.",
                         self.attention.model,
                     )
-                self.outputs(i, layer.arrange(operation.out))
-            if self.reduce is not None:
+                out = layer.arrange(operation.out)
+                for take in outputs:
+                    take(i, out)
+            if reduces:
                 for block, images, queries in self._blocks(layer, operation):
-                    self.reduce(i, block, images, queries)
+                    for reduce in reduces:
+                        reduce(i, block, images, queries)
 
     def _blocks(
         self, layer: AttentionLayer, operation: Operation

@@ -63,6 +63,12 @@ def observing(module: nn.Module, observer: Observer) -> Iterator[None]:
         yield
 
 
+def observers_of(module: nn.Module) -> list[Observer]:
+    """Who watches the passes of a module at this moment."""
+    mode = _get_current_function_mode()
+    return mode.observers if isinstance(mode, _Shared) and mode.module is module else []
+
+
 class _Shared(TorchFunctionMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
