@@ -104,7 +104,8 @@ def _file_of(spec: str, config: dict[str, Any]) -> Path | None:
 
 def config_of(module: nn.Module) -> dict[str, Any]:
     """timm's record of where a model's weights come from."""
-    return vars(module)["pretrained_cfg"]
+    config: Any = module.pretrained_cfg
+    return config if isinstance(config, dict) else config.to_dict()
 
 
 def _explained(

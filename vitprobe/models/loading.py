@@ -6,26 +6,20 @@ bundled model, or any timm name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitprobe.errors import VitprobeError
-from vitprobe.models.creation import (
-    config_of,
-    create,
-    file_details,
-    file_origin,
-    file_overlay,
-    timm_transform,
-)
+from vitprobe.models.creation import create, file_details, file_origin, file_overlay
 from vitprobe.models.model import Model
 from vitprobe.models.names import ALIASES, REMOTE_PREFIXES, bundled_models, check_known, label
 from vitprobe.models.weights import first_line, read_state_dict
+from vitprobe.models.wrapping import unwrapped, wrap
 
 __all__ = ["ALIASES", "Model", "bundled_models", "load_model", "load_models", "wrap"]
 
@@ -77,32 +71,6 @@ def _load(spec: str, image_size: int | None, seed: int) -> Model:
     return replace(model, timm_name=architecture, details=details)
 
 
-def wrap(
-    module: nn.Module,
-    name: str | None = None,
-    transform: Callable[[Any], Tensor] | None = None,
-    input_size: tuple[int, int, int] | None = None,
-) -> Model:
-    """Any ``nn.Module`` as a model.
-
-    Args:
-        module: takes a float tensor (n, C, H, W); its outputs may be tensors, tuples or dicts.
-        name: what figures call it; its class name by default.
-        transform: PIL image -> tensor (C, H, W). Without one, timm's models get their own and
-            other modules can be given tensors only.
-        input_size: (C, H, W), where known.
-    """
-    if not isinstance(module, nn.Module):
-        raise VitprobeError(f"A model must be a name or an nn.Module, not {type(module).__name__}.")
-    name = name or type(module).__name__
-    timm_name = key = ""
-    if transform is None and getattr(module, "pretrained_cfg", None):
-        transform, size, key = timm_transform(module, input_size[1] if input_size else None)
-        input_size = input_size or size
-        timm_name = str(config_of(module).get("architecture", ""))
-    return Model(name, module, transform, input_size, timm_name=timm_name, transform_key=key)
-
-
 def load_models(
     models: Any,
     image_size: int | None = None,
@@ -122,7 +90,7 @@ def load_models(
     """
     if isinstance(models, str | nn.Module | Model):
         models = [models]
-    models = list(models)
+    models = list(models) if isinstance(models, Iterable) else [models]
     if names is not None:
         names = _checked([names] if isinstance(names, str) else list(names), len(models))
     loaded: list[Model] = []
@@ -131,6 +99,8 @@ def load_models(
             model = load_model(model, image_size, seed)
         elif not isinstance(model, Model):
             model = wrap(model)
+        elif unwrapped(model.module) is not model.module:
+            model = replace(model, module=unwrapped(model.module))
         taken = [other.name for other in loaded]
         if names is not None:
             model = replace(model, name=names[i])

@@ -45,6 +45,10 @@ class Model:
         """sha256 over the names, types, shapes and bytes of the state dict."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
+            if not isinstance(tensor, Tensor):
+                # What a module keeps beside its tensors (get_extra_state).
+                digest.update(f"{name} {tensor!r}".encode(errors="replace"))
+                continue
             tensor = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -47,14 +48,28 @@ def prepared(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
     homes = [next((t.device for t in _tensors(module)), None) for module in modules]
     try:
         for module in modules:
-            module.eval().to(device)
-        yield
+            # Some people's own train() and to() return nothing.
+            module.eval()
+            module.to(device)
+        with _eagerly():
+            yield
     finally:
         for part, training in modes:
             part.training = training
         for module, home in zip(modules, homes):
             if home is not None and home != device:
                 module.to(home)
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """Compiled parts of models run as they are written: what is compiled cannot be watched."""
+    # Nothing has been compiled where the compiler has not been imported; torch 2.5 has no stance.
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

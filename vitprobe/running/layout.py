@@ -61,7 +61,7 @@ def _fits(
         for kernel in dict.fromkeys(kernels):
             before.append((kernel, kernel.data))
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode():
+        with torch.no_grad():
             module(inputs.contiguous(memory_format=torch.channels_last))
     except Exception:
         # Code that asks for a layout of its own (view), or whatever else is wrong with the model:

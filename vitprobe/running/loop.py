@@ -63,7 +63,8 @@ def run(
     todo = [b for b in range(len(ready.batches)) if not done[b]][rank::world]
     if done.any() and rank == 0 and not ready.options.quiet:
         print(f"Resuming after batch {int(done.sum())} of {len(done)}", file=sys.stderr)
-    mode = nullcontext() if gradients else torch.inference_mode()
+    # Not inference mode: what a module keeps of a pass could not be trained with afterwards.
+    mode = nullcontext() if gradients else torch.no_grad()
     with mode:
         if todo and rank == 0:
             _forecast(ready, sums, scratch)

@@ -25,6 +25,8 @@ _OUT = (
     "cannot allocate memory",
     "not enough memory",
     "cublas_status_alloc_failed",
+    "could not create a primitive",  # oneDNN's word for it
+    "could not create a memory object",
 )
 
 

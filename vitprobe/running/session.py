@@ -29,8 +29,10 @@ from vitprobe.running.devices import exact, prepared, resolve_device
 from vitprobe.running.layout import channels_last
 from vitprobe.running.loading import Failure, TransformedImages, collate
 from vitprobe.running.options import Options
+from vitprobe.running.precision import input_type
 from vitprobe.statistics.hsic import gram
 from vitprobe.tracing.attention_map import AttentionMap, map_attention
+from vitprobe.tracing.failures import forward_failure
 from vitprobe.tracing.layers import Layer, LayerMap, map_layers
 
 Sums = dict[str, Tensor]
@@ -77,6 +79,7 @@ class Session:
         self._dataset = TransformedImages(models, images)
         self._example: list[Tensor] = []
         self._found: dict[tuple[str, int], Any] = {}
+        self._types: dict[int, torch.dtype] = {}
 
     def subset(self, chosen: Sequence[int]) -> Session:
         """The session for some of its models, with the same batches and what is found already."""
@@ -224,8 +227,11 @@ class Session:
             return inputs
         groups = self._dataset.group_of_model
         for model, group, last in zip(self.models, groups, self.channels_last):
-            parameter = next(model.module.parameters(), None)
-            dtype = parameter.dtype if parameter is not None else torch.float32
+            if id(model) not in self._types:
+                with self.autocast():
+                    image = columns[group][:1].to(self.device)
+                    self._types[id(model)] = input_type(model.module, image)
+            dtype = self._types[id(model)]
             layout = torch.channels_last if last else torch.preserve_format
             column = columns[group].to(self.device, dtype, non_blocking=True)
             inputs.append(column.to(memory_format=layout))
@@ -254,25 +260,13 @@ def session(
         VitprobeError: fewer images than ``at_least``, or a model that has no transform for them.
     """
     options = options or Options()
-    loaded = load_models(models, options.image_size, options.seed, options.names)
-    opened = open_images(images, options.num_images, options.seed)
-    if processes.is_main_process():
-        for remark in opened.remarks:
-            print(f"vitprobe: {remark}", file=sys.stderr)
-    if len(opened) < at_least:
-        raise VitprobeError(
-            f"{len(opened)} image{'s' * (len(opened) != 1)} of {opened.source} are too few: "
-            f"at least {at_least} are needed."
-        )
-    for model in loaded:
-        if model.transform is None and not opened.are_tensors:
-            raise VitprobeError(
-                f"{model.name} has no transform: pass wrap(module, transform=...), or the images "
-                f"as a float tensor (n, C, H, W)."
-            )
-    ready = Session(loaded, opened, options, at_least)
-    modules = [model.module for model in loaded]
+    loaded: list[Model] = []
     try:
+        loaded = load_models(models, options.image_size, options.seed, options.names)
+        opened = open_images(images, options.num_images, options.seed)
+        _check_fit(loaded, opened, at_least)
+        ready = Session(loaded, opened, options, at_least)
+        modules = [model.module for model in loaded]
         with (
             prepared(modules, ready.device),
             exact(ready.device),
@@ -281,13 +275,42 @@ def session(
             ready.channels_last = taken or ready.channels_last
             ready.keep_example()
             yield ready
-    except (RuntimeError, MemoryError) as error:
-        if not memory.ran_out(error):
+    except VitprobeError:
+        raise
+    except Exception as error:
+        told = _told(error, loaded, options)
+        if told is None:
             raise
+        raise told from error
+
+
+def _check_fit(models: list[Model], images: Images, at_least: int) -> None:
+    """Say what is to be said of the images, and refuse what models cannot be given."""
+    if processes.is_main_process():
+        for remark in images.remarks:
+            print(f"vitprobe: {remark}", file=sys.stderr)
+    if len(images) < at_least:
         raise VitprobeError(
-            f"Out of memory on {ready.device} for {options.batch_size} images a batch and "
-            f"{' and '.join(model.name for model in loaded)}."
-        ) from error
+            f"{len(images)} image{'s' * (len(images) != 1)} of {images.source} are too few: "
+            f"at least {at_least} are needed."
+        )
+    for model in models:
+        if model.transform is None and not images.are_tensors:
+            raise VitprobeError(
+                f"{model.name} has no transform: pass wrap(module, transform=...), or the images "
+                f"as a float tensor (n, C, H, W)."
+            )
+
+
+def _told(error: Exception, models: list[Model], options: Options) -> VitprobeError | None:
+    """What a user can do about an exception outside of the loop, where there is something."""
+    if memory.ran_out(error):
+        named = " and ".join(model.name for model in models) or "the models"
+        return VitprobeError(
+            f"Out of memory on {options.device} for {options.batch_size} images a batch and "
+            f"{named}."
+        )
+    return forward_failure(error, [(model.name, model.module) for model in models])
 
 
 def _batches(n: int, batch_size: int, at_least: int = 1) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import VitprobeError, nearest
+from vitprobe.tracing.failures import forward_failure
 from vitprobe.tracing.trace import Addition, Call, Trace, record
 
 CHOICES = ("blocks", "paper", "all")
@@ -207,11 +208,11 @@ def map_layers(name: str, module: nn.Module, example: Tensor) -> LayerMap:
     try:
         alone = record(module, example[:1], on_output=one)
         trace = record(module, example[:2], on_output=two)
-    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise VitprobeError(
-            f"{name} cannot run on images of {tuple(example.shape[1:])}: {reason}"
-        ) from error
+    except Exception as error:
+        told = forward_failure(error, [(name, module)])
+        if told is None:
+            raise
+        raise told from error
     layers, mixed = [], []
     for call in trace.calls:
         for suffix, info in call.outputs:
