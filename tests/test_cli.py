@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vitprobe import __main__, cka, load_result, redraw
+from vitprobe.results.result import ANALYSES
 
 
 def run(*arguments, **options):
@@ -35,6 +36,9 @@ def test_the_main_job_writes_its_files_and_prints_paths_and_findings(pictures, t
     assert {p.name for p in out.iterdir()} == {f"{stem}.{s}" for s in ("png", "pdf", "svg", "npz")}
     lines = done.stdout.splitlines()
     assert lines[0] == str(out / f"{stem}.png") and lines[5] == "Raghu et al. 2021, Fig. 1"
+    # Text stays text: TrueType in PDF, whose Type 3 conferences refuse, and letters in SVG.
+    pdf, svg = (out / f"{stem}.pdf").read_bytes(), (out / f"{stem}.svg").read_text("utf-8")
+    assert b"/CIDFontType2" in pdf and b"/Type3" not in pdf and ">blocks.0</text>" in svg
     with np.load(out / f"{stem}.npz", allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
     assert meta["n"] == 12 and meta["batch_size"] == 6 and meta["seed"] == 0
@@ -53,7 +57,8 @@ def test_redraw_needs_no_model_and_loses_nothing(pictures, tmp_path, capsys):
     assert load_result(npz).figure().get_suptitle() == ""
     assert redraw.main([str(npz), "--title", "Ours", "--format", "svg", "--stem", "titled"]) == 0
     titled = tmp_path / "a" / "titled.svg"
-    assert titled.stat().st_size > (tmp_path / "b" / "x.svg").stat().st_size
+    assert ">Ours</text>" in titled.read_text("utf-8")
+    assert "Ours" not in (tmp_path / "b" / "x.svg").read_text("utf-8")
     capsys.readouterr()
     (tmp_path / "torn.npz").write_bytes(before[:1000])
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
@@ -174,9 +179,25 @@ def test_the_list_of_commands_and_the_installed_script(capsys):
     assert __main__.main([]) == 0
     listed = capsys.readouterr().out
     assert "cka" in listed and "redraw" in listed
+    headings = [line for line in listed.splitlines() if line and line[0].isupper()]
+    assert headings[:4] == ["Compare layers", "Attention", "Tokens", "Weights"]
+    for name in (*ANALYSES, "report", "redraw", "models", "layers"):
+        assert f"\n  {name} " in listed
     assert __main__.main(["ckaa"]) == 2
-    assert "Did you mean cka" in capsys.readouterr().err
+    assert "unknown command 'ckaa'. Did you mean cka?" in capsys.readouterr().err
     assert __main__.main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("name", [*ANALYSES, "report", "redraw", "models", "layers"])
+def test_help_fits_two_screens_and_ends_with_two_examples(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        __main__.main([name, "--help"])
+    told = capsys.readouterr().out
+    assert stop.value.code == 0 and len(told.splitlines()) <= 64
+    *_, heading, first, second = told.splitlines()
+    assert heading == "examples:"
+    assert first.startswith(f"  vitprobe {name}") and second.startswith(f"  vitprobe {name}")
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.resources import files
@@ -11,31 +13,67 @@ from importlib.resources import files
 from vitprobe._version import __version__
 from vitprobe.errors import nearest
 
-OTHERS = ("report", "redraw")
+# Heading -> commands; a measurement that stands nowhere here is listed with the first.
+GROUPS = {
+    "Compare layers": ("cka", "receptive_field", "skip_ratio", "skip_ablation"),
+    "Attention": ("attention_distance", "head_subsets", "attention_rollout"),
+    "Tokens": ("localization", "linear_probe"),
+    "Weights": ("position_embedding", "patch_embedding"),
+    "All of them": ("report", "redraw"),
+    "Look up": ("models", "layers"),
+}
+# Commands that are no module of their own: where they are, and what they do.
+ELSEWHERE = {
+    "models": ("vitprobe.listing", "list_models", "What --models takes: names, aliases, timm's."),
+    "layers": ("vitprobe.listing", "list_layers", "The layers of a model, for --layers."),
+}
 
 
 def commands() -> dict[str, str]:
-    """Name -> first line of its docstring, read without importing anything."""
+    """Name -> first line of its docstring, read without importing anything heavy."""
     from vitprobe.results.result import ANALYSES
 
     found = {}
-    for name in (*ANALYSES, *OTHERS):
+    for name in (*ANALYSES, "report", "redraw"):
         source = files("vitprobe") / f"{name}.py"
-        if source.is_file():
-            doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-            found[name] = doc.split("\n")[0]
-    return found
+        if not source.is_file():
+            source = files("vitprobe") / name / "command.py"
+        doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+        found[name] = doc.split("\n")[0]
+    return {**found, **{name: line for name, (_, _, line) in ELSEWHERE.items()}}
+
+
+def overview(known: dict[str, str]) -> str:
+    """What ``vitprobe`` alone prints: the commands in groups, and how to begin."""
+    placed = {name for group in GROUPS.values() for name in group}
+    others = tuple(name for name in known if name not in placed)
+    width = max(map(len, known))
+    columns = min(shutil.get_terminal_size().columns, 100)
+    lines = ["usage: vitprobe COMMAND [options], or python -m vitprobe.COMMAND [options]", ""]
+    for heading, names in GROUPS.items():
+        names += others if heading == "Compare layers" else ()
+        lines.append(heading)
+        lines += [
+            textwrap.fill(known[name], columns, initial_indent=f"  {name:<{width}}  ",
+                          subsequent_indent=" " * (width + 4))
+            for name in names if name in known
+        ]  # fmt: skip
+        lines.append("")
+    return "\n".join([
+        *lines,
+        "Without options a command runs on bundled models and images, offline:",
+        "  vitprobe cka",
+        "  vitprobe cka --models vit_b16 resnet50 --images FOLDER",
+        "`vitprobe COMMAND --help` lists the options of one.",
+    ])  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The installed script ``vitprobe``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = commands()
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("vitprobe COMMAND ..., or python -m vitprobe.COMMAND ...; --help after a command")
-        width = max(map(len, known))
-        for name, line in known.items():
-            print(f"  {name:<{width}}  {line}")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview(known))
         return 0
     if arguments[0] == "--version":
         print(__version__)
@@ -45,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         way = nearest(name, known, 1) or " `vitprobe` lists the commands."
         print(f"vitprobe: unknown command {arguments[0]!r}.{way}", file=sys.stderr)
         return 2
-    return import_module(f"vitprobe.{name}").main(arguments[1:])
+    module, function, _ = ELSEWHERE.get(name, (f"vitprobe.{name}", "main", ""))
+    return getattr(import_module(module), function)(arguments[1:])
 
 
 if __name__ == "__main__":

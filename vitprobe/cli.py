@@ -6,7 +6,9 @@ import argparse
 import hashlib
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,6 +33,13 @@ MAX_STEM = 120
 DEFAULT_OUT = "vitprobe-out"
 # What every command runs on when nothing is said; they come with vitprobe.
 DEFAULT_MODELS = ("vit_small_box", "resnet_box")
+# Models in the examples of commands that a CNN cannot have.
+_EXAMPLES = {
+    "attention_distance": "vit_b16 dino_b16",
+    "attention_rollout": "vit_b16 dino_b16",
+    "localization": "vit_b16 dino_b16",
+    "position_embedding": "vit_b16 vit_l16",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,55 +84,85 @@ _PLAINLY: tuple[tuple[str, Any], ...] = (
 
 
 def parser(name: str, doc: str | None, *, images: bool = True, layers: bool = True) -> Parser:
-    """A parser with the shared options; a measurement adds its own.
+    """A parser with the shared options in groups; a measurement adds its own.
 
     Args:
         name: of the command.
-        doc: the module's docstring; its first line is the description.
+        doc: the module's docstring; its first two paragraphs are the description.
         images: whether the measurement looks at images.
         layers: whether it measures a choice of layers.
     """
-    result = Parser(
-        prog=f"vitprobe {name}",
-        description=(doc or "").strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    models = _EXAMPLES.get(name, "vit_b16 resnet50")
+    folder = " --images FOLDER --num-images 512" if images else ""
+    result = plain_parser(
+        name,
+        "\n\n".join((doc or "").split("\n\n")[:2]),
+        f"--models {models}{folder}",
+        f"--models {models.split()[0]} {models.split()[0]}@random --format pdf",
+        usage="[options]",
     )
-    add = result.add_argument
+    add = result.add_argument_group("models").add_argument
     add("--models", nargs="+", metavar="M",
-        help="NAME, NAME@random or NAME@FILE; NAME is an alias (vit_b16), a bundled model or a "
-        "timm name")  # fmt: skip
+        help="NAME, NAME@random (untrained) or NAME@FILE; `vitprobe models` lists the names "
+        "(default: bundled models)")  # fmt: skip
     add("--names", nargs="+", metavar="A", help="what figures call the models, one for each")
-    if images:
-        add("--images", metavar="PATH",
-            help="folder, .tar, .npz, .npy or timm dataset name; the bundled digit scenes if left "
-            "out")  # fmt: skip
-        add("--num-images", type=int, metavar="N", help="how many, drawn by --seed")
-        add("--batch-size", type=int, default=32, metavar="B", help="images a batch (%(default)s)")
-        add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward passes")
-        add("--workers", type=int, metavar="W", help="processes that decode images")
-        add("--save-every", type=float, default=30.0, metavar="S",
-            help="seconds between two saves of an unfinished run (%(default)s)")  # fmt: skip
-        add("--fresh", action="store_true", help="start over instead of resuming")
     if layers:
         add("--layers", nargs="+", default=["blocks"], metavar="L",
-            help="blocks (default), paper, all, or names with wildcards")  # fmt: skip
-    add("--image-size", type=int, metavar="PX", help="for models that allow another than their own")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--seed", type=int, default=0, help="of choices and untrained weights (%(default)s)")
+            help="blocks, paper, all, or names with wildcards; `vitprobe layers MODEL` lists them "
+            "(default: blocks)")  # fmt: skip
+    add("--image-size", type=int, metavar="PX",
+        help="for models that accept sizes other than their own")  # fmt: skip
+    if images:
+        add = result.add_argument_group("images").add_argument
+        add("--images", metavar="PATH",
+            help="folder, .tar, .npz, .npy or timm dataset (default: bundled digit "
+            "scenes)")  # fmt: skip
+        add("--num-images", type=int, metavar="N",
+            help="how many, drawn by --seed (default: all of a folder)")  # fmt: skip
+        add("--batch-size", type=int, default=32, metavar="B",
+            help="images per batch (default: %(default)s)")  # fmt: skip
+        add("--workers", type=int, metavar="W",
+            help="processes that decode images (default: by the number of cores)")  # fmt: skip
+    add = result.add_argument_group("run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    if images:
+        add("--precision", choices=("fp32", "bf16"), default="fp32",
+            help="of the forward passes (default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="S",
+        help="of every random choice and of untrained weights (default: %(default)s)")  # fmt: skip
+    if images:
+        add("--save-every", type=float, default=30.0, metavar="S",
+            help="seconds between saves of an unfinished run (default: %(default)s)")  # fmt: skip
+        add("--fresh", action="store_true", help="start over instead of resuming")
     add_output(result)
     return result
 
 
-def add_output(result: argparse.ArgumentParser) -> None:
-    """Where to, in which formats, how loud."""
-    add = result.add_argument
-    add("--out", type=Path, default=Path(DEFAULT_OUT), metavar="DIR", help="folder (%(default)s)")
-    add("--stem", metavar="NAME", help="file name without suffix")
-    add("--title", metavar="TEXT", help="over the figure, kept in the file")
-    add("--format", nargs="+", choices=FORMATS, default=["png"], help="of the figure")
-    add("--quiet", action="store_true", help="no progress bar")
+def plain_parser(name: str, description: str, *examples: str, usage: str | None = None) -> Parser:
+    """A parser without options: what the command does in two sentences, and examples of it."""
+    width = min(shutil.get_terminal_size().columns, 100) - 2
+    lines = "".join(f"\n  vitprobe {name} {example}" for example in examples)
+    return Parser(
+        prog=f"vitprobe {name}",
+        usage=usage and f"%(prog)s {usage}",
+        description=textwrap.fill(" ".join(description.split()), width),
+        epilog=f"examples:{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_output(result: argparse.ArgumentParser, out: str | None = DEFAULT_OUT) -> None:
+    """Where to, in which formats, how loud; without ``out`` a file goes beside its numbers."""
+    add = result.add_argument_group("output").add_argument
+    add("--out", type=Path, default=Path(out) if out else None, metavar="DIR",
+        help=f"folder (default: {out or 'that of FILE'})")  # fmt: skip
+    add("--stem", metavar="NAME", help="file name without suffix (default: COMMAND-MODEL-MODEL)")
+    add("--format", nargs="+", choices=FORMATS, default=["png"], metavar="F",
+        help=f"of the figure: {', '.join(FORMATS)} (default: png)")  # fmt: skip
+    add("--title", metavar="TEXT", help="above the figure, kept in the file")
     add("--json", action="store_true", help="print the paths and findings as JSON")
+    add("--quiet", action="store_true", help="no progress bar")
     add("--debug", action="store_true", help="show the traceback of an error")
 
 

@@ -15,11 +15,15 @@ from vitprobe.results.writing import write_atomically
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.redraw FILE``."""
-    parser = cli.Parser(prog="vitprobe redraw", description=__doc__)
+    parser = cli.plain_parser(
+        "redraw",
+        __doc__ or "",
+        "vitprobe-out/cka-vit_b16-resnet50.npz --format pdf",
+        "vitprobe-out/*.npz --format svg --out figures",
+        usage="FILE [FILE ...] [options]",
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".npz of a measurement")
-    cli.add_output(parser)
-    # A drawing goes beside its numbers unless it is sent elsewhere.
-    parser.set_defaults(out=None)
+    cli.add_output(parser, out=None)
     args = parser.parse_args(argv)
     args.began = time.monotonic()
 

@@ -39,6 +39,10 @@ _STYLE: Any = {
     "axes.prop_cycle": cycler(color=COLOURS),
     "image.interpolation": "nearest",
     "svg.hashsalt": "vitprobe",
+    # Conferences refuse Type 3 fonts; text that stays text can be searched and edited.
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.fonttype": "none",
     "hatch.linewidth": 0.5,
 }
 

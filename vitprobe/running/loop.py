@@ -92,7 +92,7 @@ def _over(
     saves = Saves(checkpoint, ready.options.save_every)
     with HeldBack() as stops:
         try:
-            with _progress(ready, len(todo), checkpoint.rank) as progress:
+            with _progress(ready, todo, checkpoint.rank) as progress:
                 for batch, failures in ready.load(todo):
                     _check_gone(ready, failures, checkpoint)
                     with stops.batch():
@@ -103,7 +103,9 @@ def _over(
                         if len(batch):
                             step(batch)
                         mine[batch.index] = True
-                    progress.update()
+                    count = int(mine[todo].sum())
+                    progress.set_postfix_str(f"batch {count} of {len(todo)}", refresh=False)
+                    progress.update(len(ready.batches[batch.index]))
                     with stops.undisturbed():
                         saves.now_and_then(state, mine)
             if checkpoint.keeps:
@@ -186,9 +188,16 @@ def _forecast(ready: Session, sums: Sums, scratch: int) -> None:
         print(f"vitprobe: {warning}", file=sys.stderr)
 
 
-def _progress(ready: Session, total: int, rank: int) -> Any:
-    silent = ready.options.quiet or rank > 0 or not sys.stderr.isatty()
-    return tqdm(total=total, unit="batch", disable=silent, file=sys.stderr)
+def _progress(ready: Session, todo: list[int], rank: int) -> Any:
+    """A bar that counts images, under the models' names."""
+    return tqdm(
+        total=sum(len(ready.batches[b]) for b in todo),
+        desc=", ".join(model.name for model in ready.models),
+        unit=" images",
+        dynamic_ncols=True,
+        disable=ready.options.quiet or rank > 0 or not sys.stderr.isatty(),
+        file=sys.stderr,
+    )
 
 
 def _tell_broken(ready: Session, position: int, reason: str) -> None:
