@@ -18,6 +18,7 @@ from vitprobe.statistics.hsic import (
     normalise,
     u_centre,
 )
+from vitprobe.statistics.place_hsic import place_grams
 
 
 def slow_hsic(k: np.ndarray, m: np.ndarray) -> float:
@@ -141,6 +142,80 @@ def test_features_that_do_not_vary_are_undefined_not_zero():
     dead = torch.cat([torch.zeros(16, 2**16), torch.full((16, 2**16), 0.1)], 1)
     assert gram(dead).abs().max() == 0
     assert cka(x, x) == pytest.approx(1)
+
+
+def varying(n=16, features=40, scale=1.0):
+    return scale * torch.randn(n, features, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("constant", [1, 40, 4000])
+def test_constant_features_beside_small_ones_hide_nothing(constant):
+    x = varying(scale=1e-3)
+    y = x + varying(features=40, scale=1e-3).flip(1)
+    beside = torch.cat([torch.full((16, constant), 1e4), x], 1)
+    expected = cka(x.double(), y.double())
+    for _ in range(2):
+        assert cka(beside, y) == pytest.approx(expected, abs=1e-5)
+        assert cka(beside[:, torch.randperm(beside.shape[1])], y) == pytest.approx(
+            expected, abs=1e-5
+        )
+        beside = beside.reshape(16, 1, -1).expand(-1, 3, -1)
+
+
+def test_features_that_vary_by_rounding_only_do_not_vary():
+    # A constant layer, computed in another order for some images; by chance some of its values
+    # are near 0, where the same rounding is a large share of them.
+    generator = torch.Generator().manual_seed(0)
+    level = torch.randn(500, generator=generator)
+    level[:20] *= 1e-4
+    noise = torch.randint(-1, 2, (16, 500), generator=generator) * 2.0**-23
+    assert gram(level + noise).abs().max() == 0
+    # One that varies shows, whatever the others do.
+    level = (level + noise).clone()
+    level[:, 7] += varying(features=1)[:, 0]
+    exact = level[:, 7].double()
+    torch.testing.assert_close(
+        u_centre(gram(level)), u_centre(torch.outer(exact, exact)), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-22, 1e-15, 1e15, 1e20, 1e30])
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_no_scale_costs_digits(scale, offset):
+    # Powers of 2, so that scaling itself rounds nothing.
+    scale = 2.0 ** round(np.log2(scale))
+    x, y = reference_pair()
+    x = (x + offset).float()
+    expected = cka(x.double(), y)
+    assert cka(scale * x, y) == pytest.approx(expected, abs=1e-6)
+    assert cka(scale * x, scale * x) == pytest.approx(1, abs=1e-12)
+    wide = scale * x.double()
+    torch.testing.assert_close(
+        centre(gram(scale * x)) / scale**2, centre(wide @ wide.T) / scale**2, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_is_not_finite_stays_so():
+    for value in (torch.nan, torch.inf):
+        x = varying()
+        x[3, 5] = value
+        assert not gram(x).isfinite().any()
+        assert not gram(torch.full((16, 3), value)).isfinite().any()
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1.0, 1e20])
+def test_places_are_told_feature_by_feature_at_any_scale(scale):
+    x = scale * varying(features=3 * 8).view(16, 3, 8)
+    x[:, 0] = 0.1 * scale
+    x[:, 1, 0] = 1e9 * scale
+    for place, grams in enumerate(place_grams(x)):
+        exact = gram(x[:, place].double())
+        if place == 0:
+            assert grams.abs().max() == 0
+            continue
+        torch.testing.assert_close(
+            u_centre(grams) / scale**2, u_centre(exact) / scale**2, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_fewer_than_four_examples_are_refused():

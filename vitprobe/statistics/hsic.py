@@ -25,6 +25,11 @@ MAX_GROUPS = 32
 # The share of a piece's squares that its mean may hold before it is subtracted first. A Gram then
 # loses at most log2(20) = 4.3 of its 24 bits: measured, 4e-6 of its largest value and 3e-6 of CKA.
 MEAN_ALLOWED = 0.95
+# How many roundings a feature may be off by without varying.
+ROUNDINGS = 8
+# Mean squares from here on keep their digits in float32, and so do those of values a thousandth of
+# theirs: its smallest number of full digits is 1e-38.
+SMALLEST_SQUARE = 1e-30
 
 
 def gram(features: Tensor) -> Tensor:
@@ -36,6 +41,7 @@ def gram(features: Tensor) -> Tensor:
     where the mean holds more than ``MEAN_ALLOWED`` of the piece's squares, the piece is centred
     and multiplied again, and so are those that follow. Elsewhere every piece is centred first.
     Products are float32 over blocks of features that fit the cache, sums of blocks are float64.
+    What is too small or too large for that, and what may not vary at all, is computed in float64.
 
     Args:
         features: (n, ...) one row an image; any floating type.
@@ -45,8 +51,7 @@ def gram(features: Tensor) -> Tensor:
     """
     rows = _rows(features)
     n = len(rows)
-    on_cpu = rows.device.type == "cpu"
-    mean_first = not on_cpu
+    mean_first = rows.device.type != "cpu"
     plain: Tensor | None = None
     centred: Tensor | None = None
     mean_square: float | Tensor = 0.0
@@ -63,14 +68,54 @@ def gram(features: Tensor) -> Tensor:
         product = _product(piece - mean)
         centred = product if centred is None else centred.add_(product)
         mean_square += mean.to(product.device).double().square().sum()
+    total = torch.zeros(n, n, dtype=torch.float64, device=rows.device) if plain is None else plain
+    varied: bool | Tensor = True
     if centred is not None:
-        rounding = 8 * torch.finfo(piece.dtype).eps
-        dead = centred.trace() <= n * mean_square * rounding**2
-        centred = torch.where(dead, torch.zeros_like(centred), centred)
-        return centred if plain is None else plain.add_(centred)
-    if plain is not None:
-        return plain
-    return torch.zeros(n, n, dtype=torch.float64, device=rows.device)
+        rounding = ROUNDINGS * torch.finfo(piece.dtype).eps
+        varied = centred.trace() > n * mean_square * rounding**2
+        total = centred if plain is None else plain.add_(centred)
+    trace = total.trace()
+    sound = trace.isfinite() & (trace >= SMALLEST_SQUARE * rows.numel()) & varied
+    return total if sound else careful_gram(rows).to(total.device)
+
+
+def careful_gram(rows: Tensor) -> Tensor:
+    """(..., n, features) -> (..., n, n) Grams in float64 of the features that vary.
+
+    A feature varies where it deviates from its batch mean by more than rounding explains: a few
+    roundings of that mean, or of the means of other features if these are seen to be rounded.
+    """
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    rounding = ROUNDINGS * torch.finfo(wide).eps
+    home = torch.device("cpu") if rows.device.type == "mps" else rows.device
+    grams = torch.zeros(*rows.shape[:-1], rows.shape[-2], dtype=torch.float64, device=home)
+    size = max(1, 2**24 // rows.shape[:-1].numel())
+    spreads, levels = [], []
+    for piece in rows.split(size, -1):
+        # Equal values do not vary, however their mean is rounded.
+        top = piece.amax(-2).to(home).double()
+        moving = top != piece.amin(-2).to(home).double()
+        if not moving.any():
+            spreads.append(top - top)
+            levels.append(top.abs())
+            continue
+        exact = piece.to(home).double()
+        mean = exact.mean(-2)
+        spread = (exact - mean[..., None, :]).square().mean(-2).sqrt()
+        spreads.append(spread.where(moving | spread.isnan(), 0))
+        levels.append(mean.abs())
+    spread, level = torch.cat(spreads, -1), torch.cat(levels, -1)
+    rounded = (spread > 0) & (spread <= rounding * level)
+    count = rounded.sum(-1, keepdim=True)
+    noise = (torch.where(rounded, level.square(), 0).sum(-1, keepdim=True) / count).nan_to_num(0)
+    alive = spread > rounding * torch.maximum(level, noise.sqrt())
+    for piece, kept in zip(rows.split(size, -1), alive.split(size, -1)):
+        if kept.any():
+            exact = piece.to(home).double()
+            exact = (exact - exact.mean(-2, keepdim=True)).masked_fill(~kept[..., None, :], 0)
+            with torch.autocast(home.type, enabled=False):
+                grams += exact @ exact.mT
+    return grams.masked_fill(~spread.isfinite().all(-1)[..., None, None], torch.nan)
 
 
 def _pieces(rows: Tensor) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vitprobe.statistics.hsic import u_centre
+from vitprobe.statistics.hsic import ROUNDINGS, SMALLEST_SQUARE, careful_gram, u_centre
 
 # Grams of one block of places stay below this; a block is all of them unless batches are large.
 BLOCK_BYTES = 2**27
@@ -44,10 +44,15 @@ def place_grams(features: Tensor) -> Tensor:
         grams = torch.bmm(centred, centred.mT)
     home = torch.device("cpu") if grams.device.type == "mps" else grams.device
     grams = grams.to(home).double()
-    rounding = 8 * torch.finfo(wide).eps
+    rounding = ROUNDINGS * torch.finfo(wide).eps
+    squares = grams.diagonal(dim1=1, dim2=2).sum(1)
     level = rows.shape[1] * mean.to(home).double().square().sum((1, 2)) * rounding**2
-    dead = grams.diagonal(dim1=1, dim2=2).sum(1) <= level
-    return grams.masked_fill(dead[:, None, None], 0)
+    sound = (squares > level) & squares.isfinite()
+    sound &= squares >= SMALLEST_SQUARE * rows.shape[1:].numel()
+    if not sound.all():
+        doubtful = (~sound).nonzero()[:, 0]
+        grams[doubtful] = careful_gram(rows[doubtful.to(rows.device)])
+    return grams
 
 
 def place_hsic(tokens: Tensor, patches: Tensor) -> Tensor:
