@@ -113,7 +113,11 @@ def test_every_array_of_every_result_has_declared_axes(analysis):
     result_type = import_module(f"vitprobe.{analysis}").RESULT
     arrays = {field.name for field in fields(result_type)} - {"meta"}
     # Pictures are no numbers to tabulate; a token's place is told by labels.
-    untold = {"attention_rollout": {"pictures"}, "localization": {"tokens", "grids"}}
+    untold = {
+        "attention_rollout": {"pictures"},
+        "token_norms": {"pictures"},
+        "localization": {"tokens", "grids"},
+    }
     assert arrays - set(result_type.axes) == untold.get(analysis, set())
     assert set(result_type.axes) <= arrays
 

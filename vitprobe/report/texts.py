@@ -118,4 +118,12 @@ TEXTS = {
         "Trained filters have smooth, low-frequency and colour-opponent components first; those of "
         "an untrained network look like noise. Each tile is scaled to its own range.",
     ),
+    "token_norms": Text(
+        "Norms of tokens",
+        "The norms of all patches at every block's output (grey: how many there are), of the "
+        "class token and of registers; Darcet et al., Figures 3 to 7.",
+        "Patches above the dashed line stand out: in large or long-trained ViTs some take over "
+        "what registers are for. Right: the norms of the last layer over a few images.",
+        "‖x‖",
+    ),
 }

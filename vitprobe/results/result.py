@@ -43,6 +43,7 @@ ANALYSES = (
     "localization",
     "position_embedding",
     "patch_embedding",
+    "token_norms",
 )
 
 
