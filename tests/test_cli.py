@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vitprobe import __main__, cka, load_result, redraw
-from vitprobe.results.result import ANALYSES
+from vitprobe.catalogue import measurements
 
 
 def run(*arguments, **options):
@@ -181,14 +181,14 @@ def test_the_list_of_commands_and_the_installed_script(capsys):
     assert "cka" in listed and "redraw" in listed
     headings = [line for line in listed.splitlines() if line and line[0].isupper()]
     assert headings[:4] == ["Compare layers", "Attention", "Tokens", "Weights"]
-    for name in (*ANALYSES, "report", "redraw", "models", "layers"):
+    for name in (*measurements(), "report", "redraw", "models", "layers"):
         assert f"\n  {name} " in listed
     assert __main__.main(["ckaa"]) == 2
     assert "unknown command 'ckaa'. Did you mean cka?" in capsys.readouterr().err
     assert __main__.main(["--version"]) == 0
 
 
-@pytest.mark.parametrize("name", [*ANALYSES, "report", "redraw", "models", "layers"])
+@pytest.mark.parametrize("name", [*measurements(), "report", "redraw", "models", "layers"])
 def test_help_fits_two_screens_and_ends_with_two_examples(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:

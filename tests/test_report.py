@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from vitprobe import VitprobeError, cka, cli, load_result, patch_embedding, report, skip_ratio
+from vitprobe.catalogue import measurements
+from vitprobe.report import command
 from vitprobe.report import panels as report_panels
 from vitprobe.report.page import page
 from vitprobe.results import drawing
-from vitprobe.results.result import ANALYSES
 from vitprobe.results.tables import long_table
 
 STEM = "report-test_vit-random-test_resnet-random"
@@ -78,11 +79,11 @@ def test_every_measurement_is_on_the_page_with_its_numbers_beside(made):
     written = told.splitlines()
     assert written[0] == str(out / f"{STEM}.html")
     results = [load_result(line) for line in written if line.endswith(".npz")]
-    assert [result.analysis for result in results] == list(ANALYSES)
+    assert [result.analysis for result in results] == list(measurements())
     text = text_of(out)
     for path in re.findall(r'href="([^"#]*\.npz)"', text):
         assert (out / path).is_file()
-    assert len(re.findall(r"<figure>", text)) == len(ANALYSES)
+    assert len(re.findall(r"<figure>", text)) == len(measurements())
     for result in results:
         for finding in result.findings():
             assert str(finding) in told
@@ -97,7 +98,7 @@ def test_what_a_model_cannot_have_is_one_line_and_no_error(made):
     assert "test_resnet (random) has no position embedding to show" in text
     distance = load_result(out / f"{STEM}-attention_distance.npz")
     assert distance.models == ["test_vit (random)"]
-    assert list(distance.meta["report"]["without"]) == ["test_resnet (random)"]
+    assert list(distance.meta["without"]) == ["test_resnet (random)"]
 
 
 def test_the_page_needs_nothing_from_elsewhere(made):
@@ -134,8 +135,7 @@ def test_every_result_becomes_a_table_of_all_its_numbers(made):
 
 
 def test_the_same_command_measures_nothing_again(images, begun, again, monkeypatch):
-    monkeypatch.setattr(cka, "measure", None)
-    monkeypatch.setattr(patch_embedding, "measure", None)
+    monkeypatch.setattr(command, "measure_each", None)
     (again / f"{STEM}.html").unlink()
     assert quick(images, again) == 0
     for path in begun.glob("*"):
@@ -154,19 +154,24 @@ def test_another_run_measures_again(images, again, monkeypatch, change):
     def measure(*args, **options):
         raise Measured
 
-    monkeypatch.setattr(cka, "measure", measure)
+    monkeypatch.setattr(cka.CKA, "prepare", measure)
     with pytest.raises(Measured):
         quick(images, again, *change)
 
 
-def test_a_stopped_run_exits_130_and_keeps_what_it_has(images, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_exits_130_and_resumes_with_the_same_command(
+    images, tmp_path, monkeypatch, capsys
+):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(patch_embedding, "measure", stop)
-    assert quick(images, tmp_path) == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(patch_embedding.PatchEmbedding, "of", stop)
+        assert quick(images, tmp_path) == 130
     assert "Traceback" not in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {f"{STEM}-cka.npz", f"{STEM}-cka.png"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
+    assert report.main([*arguments(images, tmp_path), "--only", "cka", "patch_embedding"]) == 0
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_measurement_that_fails_is_told_and_spoils_no_other(
@@ -175,7 +180,7 @@ def test_a_measurement_that_fails_is_told_and_spoils_no_other(
     def fail(*args, **options):
         raise VitprobeError("The layer <x> is not finite.")
 
-    monkeypatch.setattr(skip_ratio, "measure", fail)
+    monkeypatch.setattr(skip_ratio.SkipRatio, "prepare", fail)
     only = ["--only", "skip_ratio", "patch_embedding"]
     assert report.main([*arguments(images, tmp_path), *only]) == 2
     assert "1 of 2 measurements failed: skip_ratio: The layer" in capsys.readouterr().err
@@ -184,8 +189,10 @@ def test_a_measurement_that_fails_is_told_and_spoils_no_other(
 
 
 def test_many_models_make_no_name_that_is_too_long():
-    args = argparse.Namespace(stem=None, models=[f"resnet50.a{i}_in1k" for i in range(30)])
-    other = argparse.Namespace(stem=None, models=[*args.models, "one_more"])
+    args = argparse.Namespace(
+        stem=None, names=None, models=[f"resnet50.a{i}_in1k" for i in range(30)]
+    )
+    other = argparse.Namespace(stem=None, names=None, models=[*args.models, "one_more"])
     assert len(cli.stem(args, "report")) < 150 and cli.stem(args, "report") != cli.stem(
         other, "report"
     )

@@ -10,10 +10,10 @@ import pytest
 
 from vitprobe import VitprobeError
 from vitprobe.attention_distance import AttentionDistanceResult
+from vitprobe.catalogue import measurements
 from vitprobe.cka import CKAResult
 from vitprobe.localization import LocalizationResult
 from vitprobe.position_embedding import PositionEmbeddingResult
-from vitprobe.results.result import ANALYSES
 from vitprobe.results.tables import long_table
 from vitprobe.skip_ablation import SkipAblationResult
 
@@ -108,7 +108,7 @@ def test_offsets_count_from_the_middle_and_rows_within_their_table():
     assert set(table["model"][~alike]) == {"cnn"}
 
 
-@pytest.mark.parametrize("analysis", ANALYSES)
+@pytest.mark.parametrize("analysis", measurements())
 def test_every_array_of_every_result_has_declared_axes(analysis):
     result_type = import_module(f"vitprobe.{analysis}").RESULT
     arrays = {field.name for field in fields(result_type)} - {"meta"}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vitprobe.images.sources import open_images
     from vitprobe.models.loading import Model, load_model, wrap
     from vitprobe.results.result import Result, load_result
+    from vitprobe.together import measure_all
 
 _HOME = {
     "load_model": "vitprobe.models.loading",
@@ -22,6 +23,7 @@ _HOME = {
     "open_images": "vitprobe.images.sources",
     "load_result": "vitprobe.results.result",
     "Result": "vitprobe.results.result",
+    "measure_all": "vitprobe.together",
     "VitprobeError": "vitprobe.errors",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "load_model",
     "load_result",
+    "measure_all",
     "open_images",
     "wrap",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import shutil
 import sys
 import textwrap
@@ -11,17 +10,10 @@ from importlib import import_module
 from importlib.resources import files
 
 from vitprobe._version import __version__
+from vitprobe.catalogue import GROUPS, first_line, measurements
 from vitprobe.errors import nearest
 
-# Heading -> commands; a measurement that stands nowhere here is listed with the first.
-GROUPS = {
-    "Compare layers": ("cka", "receptive_field", "skip_ratio", "skip_ablation"),
-    "Attention": ("attention_distance", "head_subsets", "attention_rollout"),
-    "Tokens": ("localization", "linear_probe"),
-    "Weights": ("position_embedding", "patch_embedding"),
-    "All of them": ("report", "redraw"),
-    "Look up": ("models", "layers"),
-}
+OTHERS = ("report", "redraw")
 # Commands that are no module of their own: where they are, and what they do.
 ELSEWHERE = {
     "models": ("vitprobe.listing", "list_models", "What --models takes: names, aliases, timm's."),
@@ -31,27 +23,25 @@ ELSEWHERE = {
 
 def commands() -> dict[str, str]:
     """Name -> first line of its docstring, read without importing anything heavy."""
-    from vitprobe.results.result import ANALYSES
-
-    found = {}
-    for name in (*ANALYSES, "report", "redraw"):
+    found = {name: entry.line for name, entry in measurements().items()}
+    for name in OTHERS:
         source = files("vitprobe") / f"{name}.py"
         if not source.is_file():
             source = files("vitprobe") / name / "command.py"
-        doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-        found[name] = doc.split("\n")[0]
+        found[name] = first_line(source.read_text(encoding="utf-8"))
     return {**found, **{name: line for name, (_, _, line) in ELSEWHERE.items()}}
 
 
 def overview(known: dict[str, str]) -> str:
     """What ``vitprobe`` alone prints: the commands in groups, and how to begin."""
-    placed = {name for group in GROUPS.values() for name in group}
-    others = tuple(name for name in known if name not in placed)
+    groups: dict[str, list[str]] = {heading: [] for heading in GROUPS.values()}
+    for entry in measurements().values():
+        groups[GROUPS[entry.group]].append(entry.name)
+    groups |= {"All of them": list(OTHERS), "Look up": list(ELSEWHERE)}
     width = max(map(len, known))
     columns = min(shutil.get_terminal_size().columns, 100)
     lines = ["usage: vitprobe COMMAND [options], or python -m vitprobe.COMMAND [options]", ""]
-    for heading, names in GROUPS.items():
-        names += others if heading == "Compare layers" else ()
+    for heading, names in groups.items():
         lines.append(heading)
         lines += [
             textwrap.fill(known[name], columns, initial_indent=f"  {name:<{width}}  ",

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.results.result import Finding, Result, Text, combine, decide, plus_minus
 from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
 from vitprobe.running.options import Options, option
 from vitprobe.running.session import Batch, Session
@@ -74,6 +74,14 @@ class AttentionDistanceResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "attention_distance"
+    text: ClassVar[Text] = Text(
+        "Mean attention distance",
+        "How far each head looks, in input pixels, averaged over images and queries; Raghu et al., "
+        "Figures 3 and 4; Dosovitskiy et al., Figures 7 right and 11.",
+        "A head near 0 looks at its own neighbourhood, one near the dashed line spreads its "
+        "attention evenly over the picture. Left: the heads of the lowest and highest layers in "
+        "order of distance; right: all heads against depth.",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "distance_px": ("layer", "head"),
         "distance_se": ("layer", "head"),
@@ -201,6 +209,7 @@ def _pick(share: np.ndarray, error: np.ndarray, rank: int | None) -> tuple[float
     return float(share.ravel()[at].mean()), float(error.ravel()[at].mean())
 
 
+GROUP = "attention"
 RESULT = AttentionDistanceResult
 
 

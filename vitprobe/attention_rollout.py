@@ -29,7 +29,7 @@ from vitprobe.errors import NotApplicable
 from vitprobe.images.sources import Images, open_images
 from vitprobe.models.loading import Model
 from vitprobe.results import drawing
-from vitprobe.results.result import Result
+from vitprobe.results.result import Result, Text
 from vitprobe.results.tables import Label
 from vitprobe.running.measurement import Measurement, Watch, measure_one
 from vitprobe.running.options import Options
@@ -79,6 +79,14 @@ class AttentionRolloutResult(Result):
     model_of_map: np.ndarray
 
     analysis: ClassVar[str] = "attention_rollout"
+    text: ClassVar[Text] = Text(
+        "Attention rollout",
+        "Attention multiplied through all layers, from the class token (or the mean of all tokens) "
+        "back to the patches; Dosovitskiy et al., Figures 6 and 14.",
+        "Light patches reach the output most. Each map is scaled to its own range, so maps can be "
+        "compared in shape and not in strength.",
+        "share of the attention",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "rollout": ("picture", "row", "column"),
         "model_of_map": ("picture",),
@@ -142,20 +150,21 @@ class AttentionRolloutResult(Result):
         ax.set_axis_off()
 
 
+GROUP = "attention"
 RESULT = AttentionRolloutResult
 
 
 @dataclass(frozen=True)
 class AttentionRollout(Measurement):
-    """Options of ``measure``; ``first`` is how many images are looked at in a shared pass."""
-
-    first: int | None = None
+    """It has no options of its own."""
 
     analysis: ClassVar[str] = "attention_rollout"
 
     def on(
-        self, models: list[Model], images: Any, options: Options
+        self, models: list[Model], images: Any, options: Options, shared: bool
     ) -> tuple[Measurement, Any, Options]:
+        if shared and images is not None:
+            return replace(self, first=PICTURES), images, options
         opened = _pictures(models, images, options.num_images, options.seed)
         return self, opened, replace(options, num_images=None)
 

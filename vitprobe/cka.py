@@ -29,7 +29,7 @@ from torch import Tensor
 from vitprobe import cli
 from vitprobe.papers import same_depth, vit_and_cnn
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result
+from vitprobe.results.result import Finding, Result, Text
 from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
 from vitprobe.running.options import Options
 from vitprobe.running.session import Batch, Session
@@ -57,6 +57,16 @@ class CKAResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "cka"
+    text: ClassVar[Text] = Text(
+        "CKA between all layers",
+        "How alike any two layers arrange the images (linear CKA, unbiased, summed over "
+        "minibatches); Raghu et al., Figures 1 and 2.",
+        "Both axes go from input (lower left) to output. 1: equal up to rotation and scale; 0 is "
+        "expected of independent representations. A light square along the diagonal is a stage of "
+        "layers that do much the same; a map that is light all over has no stages. Hatched: "
+        "undefined, the layer does not vary over the images.",
+        "CKA",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "cka": ("layer", "layer_2"),
         "cka_se": ("layer", "layer_2"),
@@ -150,6 +160,7 @@ class CKAResult(Result):
         return vit_and_cnn.findings(self.meta["pairs"], self.meta.get("replicates"))
 
 
+GROUP = "compare"
 RESULT = CKAResult
 
 

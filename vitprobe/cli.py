@@ -25,7 +25,7 @@ from vitprobe.results.result import FORMATS, Finding, Result
 from vitprobe.running import processes
 from vitprobe.running.checkpoint import UntilWritten
 from vitprobe.running.interrupts import HeldBack, Interrupted
-from vitprobe.running.measurement import Measurement
+from vitprobe.running.measurement import Measurement, WeightsMeasurement
 
 INTERRUPTED, FAILED = 130, 2
 GRACE_S = 1.0
@@ -306,14 +306,20 @@ def command(
 ) -> int:
     """The whole command of a measurement, its options read off the fields of its class."""
     name = measurement.analysis
+    of_weights = issubclass(measurement, WeightsMeasurement)
     own = [one for one in fields(measurement) if "argument" in one.metadata]
-    result_parser = parser(name, doc, layers=False)
+    result_parser = parser(name, doc, images=not of_weights, layers=False)
     for one in own:
         flag = f"--{one.name.replace('_', '-')}"
-        result_parser.add_argument(flag, default=one.default, **one.metadata["argument"])
+        default = [one.default] if one.metadata["argument"].get("nargs") == "+" else one.default
+        default = None if default == [None] else default
+        result_parser.add_argument(flag, default=default, **one.metadata["argument"])
 
     def from_arguments(args: argparse.Namespace) -> Result:
         chosen = {one.name: getattr(args, one.name) for one in own}
+        if of_weights:
+            shared = {key: getattr(args, key) for key in ("names", "image_size", "seed")}
+            return measure(args.models, **chosen, **shared)
         return measure(args.models, args.images, **chosen, **options(args, name))
 
     return run(result_parser, argv, name, from_arguments, default_models)

@@ -29,7 +29,7 @@ from torch import Tensor
 from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, decide, plus_minus
+from vitprobe.results.result import Finding, Result, Text, decide, plus_minus
 from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
 from vitprobe.running.options import Options, option
 from vitprobe.running.session import Batch, Session
@@ -80,6 +80,13 @@ class HeadSubsetsResult(Result):
     layers: np.ndarray
 
     analysis: ClassVar[str] = "head_subsets"
+    text: ClassVar[Text] = Text(
+        "Heads of the first block and a CNN's lowest layers",
+        "CKA of subsets of the first block's heads, sorted by attention distance, with the CNN's "
+        "lowest layers; Raghu et al., Figure 5.",
+        "A line that falls says that local heads compute what the convolutions do and global heads "
+        "do not. ρ is Spearman's correlation of the two axes.",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "cka": ("layer", "subset"),
         "cka_se": ("layer", "subset"),
@@ -130,6 +137,7 @@ class HeadSubsetsResult(Result):
         ]
 
 
+GROUP = "compare"
 RESULT = HeadSubsetsResult
 
 

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.images.labelled import Task, open_task
+from vitprobe.images.sources import DEFAULT_SCENES
 from vitprobe.models.loading import Model
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.results.result import Finding, Result, Text, combine, decide, plus_minus
 from vitprobe.running.measurement import Measurement, Watch, measure_one
 from vitprobe.running.options import Options, option
 from vitprobe.running.probes import (
@@ -83,6 +84,14 @@ class LinearProbeResult(Result):
     penalty: np.ndarray
 
     analysis: ClassVar[str] = "linear_probe"
+    text: ClassVar[Text] = Text(
+        "Few-shot linear probes",
+        "The accuracy of linear classifiers on a few images a class, at every block and for every "
+        "way of reading it out; Raghu et al., Figures 11 and 13.",
+        "Where a line rises, the class becomes readable there. Below: the accuracy of each single "
+        "token of the last block.",
+        "accuracy",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "accuracy": ("layer", "readout"),
         "accuracy_se": ("layer", "readout"),
@@ -239,6 +248,7 @@ class LinearProbeResult(Result):
         )
 
 
+GROUP = "tokens"
 RESULT = LinearProbeResult
 
 
@@ -269,11 +279,17 @@ class LinearProbe(Measurement):
     analysis: ClassVar[str] = "linear_probe"
 
     def on(
-        self, models: list[Model], images: Any, options: Options
+        self, models: list[Model], images: Any, options: Options, shared: bool
     ) -> tuple[Measurement, Any, Options]:
-        task = open_task(
-            images, self.test_images, self.shots, self.draws, options.num_images, options.seed
-        )
+        drawn = images, self.test_images, self.shots, self.draws
+        num_test = options.num_images
+        if shared and images is None:
+            # The scenes that others look at.
+            num_test = num_test or DEFAULT_SCENES
+        elif shared and num_test is not None:
+            # As many as the images leave when probes have been fitted.
+            num_test = min(num_test, len(open_task(*drawn, None, options.seed).test))
+        task = open_task(*drawn, num_test, options.seed)
         return replace(self, task=task), task.test, replace(options, num_images=None)
 
     def prepare(self, ready: Session) -> Watch:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, decide, plus_minus
+from vitprobe.results.result import Finding, Result, Text, decide, plus_minus
 from vitprobe.results.tables import Label
 from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
 from vitprobe.running.options import Options, option
@@ -105,6 +105,14 @@ class LocalizationResult(Result):
     peak_share_se: np.ndarray
 
     analysis: ClassVar[str] = "localization"
+    text: ClassVar[Text] = Text(
+        "Do tokens keep their place?",
+        "CKA between single tokens of the last block and every patch of the input; Raghu et al., "
+        "Figures 9 and 10.",
+        "A token that is still about its own patch (in the square) peaks there; a flat map belongs "
+        "to a token that holds the whole picture. Every row has its own scale.",
+        "CKA",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "contrast": ("layer",),
         "contrast_se": ("layer",),
@@ -258,6 +266,7 @@ class LocalizationResult(Result):
         )
 
 
+GROUP = "tokens"
 RESULT = LocalizationResult
 
 

@@ -24,8 +24,9 @@ from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.models.loading import Model, load_models
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, decide
+from vitprobe.results.result import Finding, Result, Text, decide
 from vitprobe.results.tables import Label
+from vitprobe.running.measurement import WeightsMeasurement
 from vitprobe.running.session import models_meta
 
 COMPONENTS, ROWS, COLUMNS = 28, 4, 7
@@ -83,6 +84,13 @@ class PatchEmbeddingResult(Result):
     model_of_component: np.ndarray
 
     analysis: ClassVar[str] = "patch_embedding"
+    text: ClassVar[Text] = Text(
+        "First filters",
+        "The leading principal components of the patch-embedding filters, or of the CNN's first "
+        "layer; Dosovitskiy et al., Figure 7 left.",
+        "Trained filters have smooth, low-frequency and colour-opponent components first; those of "
+        "an untrained network look like noise. Each tile is scaled to its own range.",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "explained_variance_ratio": ("component",),
         "components": ("component", "row", "column", "channel"),
@@ -160,7 +168,21 @@ class PatchEmbeddingResult(Result):
         return found
 
 
+GROUP = "weights"
 RESULT = PatchEmbeddingResult
+
+
+@dataclass(frozen=True)
+class PatchEmbedding(WeightsMeasurement):
+    """It has no options of its own."""
+
+    analysis: ClassVar[str] = "patch_embedding"
+
+    def of(self, models: Sequence[Model], seed: int) -> Result:
+        return measure(models, seed=seed)
+
+
+MEASUREMENT = PatchEmbedding
 
 
 def measure(
@@ -238,15 +260,7 @@ def _stems(module: nn.Module) -> list[tuple[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.patch_embedding``."""
-    parser = cli.parser("patch_embedding", __doc__, images=False, layers=False)
-    return cli.run(
-        parser,
-        argv,
-        "patch_embedding",
-        lambda args: measure(
-            args.models, names=args.names, image_size=args.image_size, seed=args.seed
-        ),
-    )
+    return cli.command(PatchEmbedding, measure, __doc__, argv)
 
 
 if __name__ == "__main__":

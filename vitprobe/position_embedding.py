@@ -25,10 +25,12 @@ from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
-from vitprobe.models.loading import load_models
+from vitprobe.models.loading import Model, load_models
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, decide
+from vitprobe.results.result import Finding, Result, Text, decide
 from vitprobe.results.tables import Label
+from vitprobe.running.measurement import WeightsMeasurement
+from vitprobe.running.options import option
 from vitprobe.running.session import models_meta
 from vitprobe.tracing.positions import find_biases, find_table, resample
 
@@ -72,6 +74,15 @@ class PositionEmbeddingResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "position_embedding"
+    text: ClassVar[Text] = Text(
+        "Position embeddings",
+        "The cosine similarity of every patch's position embedding with every other's, a small map "
+        "a patch, and relative-position biases; Dosovitskiy et al., Figure 7 centre.",
+        "A bright spot at the patch's own place says that neighbours are alike, a bright cross "
+        "that rows and columns are.",
+        "similarity, or bias minus its mean",
+        places=False,
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "similarity": ("row", "column", "other_row", "other_column"),
         "bias": ("layer", "head", "vertical_offset", "horizontal_offset"),
@@ -264,7 +275,29 @@ def _bare(ax: Any) -> None:
         spine.set_visible(False)
 
 
+GROUP = "weights"
 RESULT = PositionEmbeddingResult
+
+
+@dataclass(frozen=True)
+class PositionEmbedding(WeightsMeasurement):
+    """Options of ``measure``."""
+
+    grid: Sequence[int] | None = option(
+        None,
+        "also show the table resampled to this resolution",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+    )
+
+    analysis: ClassVar[str] = "position_embedding"
+
+    def of(self, models: Sequence[Model], seed: int) -> Result:
+        return measure(models, grid=self.grid, seed=seed)
+
+
+MEASUREMENT = PositionEmbedding
 
 
 def measure(
@@ -340,24 +373,7 @@ def _centred(biases: list[np.ndarray]) -> list[np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.position_embedding``."""
-    parser = cli.parser("position_embedding", __doc__, images=False, layers=False)
-    parser.add_argument(
-        "--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"),
-        help="also show the table resampled to this resolution",
-    )  # fmt: skip
-    return cli.run(
-        parser,
-        argv,
-        "position_embedding",
-        lambda args: measure(
-            args.models,
-            grid=args.grid,
-            names=args.names,
-            image_size=args.image_size,
-            seed=args.seed,
-        ),
-        default_models=("vit_small_box",),
-    )
+    return cli.command(PositionEmbedding, measure, __doc__, argv, ("vit_small_box",))
 
 
 if __name__ == "__main__":

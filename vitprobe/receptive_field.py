@@ -32,7 +32,7 @@ from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.images.sources import open_images
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.results.result import Finding, Result, Text, combine, decide, plus_minus
 from vitprobe.running.loop import run
 from vitprobe.running.session import Batch, Options, Session, Sums, session
 from vitprobe.statistics.hsic import jackknife
@@ -110,6 +110,15 @@ class ReceptiveFieldResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "receptive_field"
+    text: ClassVar[Text] = Text(
+        "Effective receptive fields",
+        "The mean absolute gradient of each layer's centre with respect to the input pixels; Raghu "
+        "et al., Figures 6 and C.1 to C.4.",
+        "From left to right through the layers; linear above, logarithmic below, each panel over "
+        "its maximum. The lines give the share of the picture that holds 50 % and 90 % of the "
+        "gradient: a line that starts high sees far from the first layer on.",
+        "gradient, share of the panel's maximum (its log₁₀ in logarithmic rows)",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "area50": ("layer",),
         "area50_se": ("layer",),
@@ -285,6 +294,7 @@ class ReceptiveFieldResult(Result):
         return found
 
 
+GROUP = "tokens"
 RESULT = ReceptiveFieldResult
 
 

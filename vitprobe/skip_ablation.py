@@ -30,7 +30,7 @@ from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError, nearest
 from vitprobe.models.loading import Model
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, decide, plus_minus
+from vitprobe.results.result import Finding, Result, Text, decide, plus_minus
 from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
 from vitprobe.running.options import Options, option
 from vitprobe.running.session import Batch, Session
@@ -78,6 +78,14 @@ class SkipAblationResult(Result):
     loss: np.ndarray
 
     analysis: ClassVar[str] = "skip_ablation"
+    text: ClassVar[Text] = Text(
+        "Without the skips of one block",
+        "CKA between all layers with the skips of one block taken away at test time. Raghu et al., "
+        "Figure 8, train such networks; this is another experiment on the trained network.",
+        "Dark off-diagonal corners say that layers before and after the block are no longer alike. "
+        "The first panel of a row has all skips; blue lines bound the block.",
+        "CKA",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "means": ("panel", "mean"),
         "means_se": ("panel", "mean"),
@@ -189,6 +197,7 @@ class SkipAblationResult(Result):
         return found
 
 
+GROUP = "compare"
 RESULT = SkipAblationResult
 
 
@@ -222,9 +231,13 @@ class SkipAblation(Measurement):
     at_least: ClassVar[int] = MIN_BATCH
 
     def on(
-        self, models: list[Model], images: Any, options: Options
+        self, models: list[Model], images: Any, options: Options, shared: bool
     ) -> tuple[Measurement, Any, Options]:
+        # A pass for every block that loses its skips: by default on fewer scenes than other
+        # measurements look at.
         if images is None and options.num_images is None:
+            if shared:
+                return replace(self, first=DEFAULT_SCENES), images, options
             options = replace(options, num_images=DEFAULT_SCENES)
         return self, images, options
 

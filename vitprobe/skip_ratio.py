@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from vitprobe import cli
 from vitprobe.errors import NotApplicable
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, combine, decide, plus_minus
+from vitprobe.results.result import Finding, Result, Text, combine, decide, plus_minus
 from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
 from vitprobe.running.options import Options
 from vitprobe.running.session import Batch, Session
@@ -104,6 +104,15 @@ class SkipRatioResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "skip_ratio"
+    text: ClassVar[Text] = Text(
+        "What skips carry and branches add",
+        "The norm of what the skip carries over the norm of what the branch adds, and the cosine "
+        "between the two, at every residual addition; Raghu et al., Figures 7, E.1 and E.2.",
+        "A ratio above 1 says that the representation passes a block mostly through the skip. "
+        "Hatched, or without a line: the branch is exactly 0.",
+        "‖z‖ / ‖f(z)‖",
+        logarithms=True,
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         "ratio": ("layer", "token"),
         "ratio_se": ("layer", "token"),
@@ -272,6 +281,7 @@ class SkipRatioResult(Result):
         return found
 
 
+GROUP = "tokens"
 RESULT = SkipRatioResult
 
 

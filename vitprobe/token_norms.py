@@ -28,7 +28,7 @@ from vitprobe.errors import VitprobeError
 from vitprobe.models.visible import visible
 from vitprobe.papers import darcet2024
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result
+from vitprobe.results.result import Finding, Result, Text
 from vitprobe.running.grids import on_grids
 from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
 from vitprobe.running.options import Options, option
@@ -88,6 +88,14 @@ class TokenNormsResult(Result):
     model_of_layer: np.ndarray
 
     analysis: ClassVar[str] = "token_norms"
+    text: ClassVar[Text] = Text(
+        "Norms of tokens",
+        "The norms of all patches at every block's output (grey: how many there are), of the "
+        "class token and of registers; Darcet et al., Figures 3 to 7.",
+        "Patches above the dashed line stand out: in large or long-trained ViTs some take over "
+        "what registers are for. Right: the norms of the last layer over a few images.",
+        "‖x‖",
+    )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         **dict.fromkeys(("norm_median", "norm_p99", "norm_max"), ("layer",)),
         "outlier_share": ("layer",),
@@ -204,6 +212,7 @@ class TokenNormsResult(Result):
         return darcet2024.findings(self)
 
 
+GROUP = "tokens"
 RESULT = TokenNormsResult
 
 

@@ -13,9 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from vitprobe.report.panels import find_panels
-from vitprobe.report.texts import TEXTS, Text
 from vitprobe.results.drawing import DPI, provenance_line
-from vitprobe.results.result import FAILS, HOLDS, OPEN, Result
+from vitprobe.results.result import FAILS, HOLDS, OPEN, Result, Text
 
 # Verdicts are told by a sign and words, not by colour alone.
 SIGNS = {HOLDS: ("✓", "holds"), FAILS: ("✗", "fails"), OPEN: ("?", "open")}
@@ -45,7 +44,7 @@ class Section:
 
     @property
     def text(self) -> Text:
-        return TEXTS[self.result.analysis]
+        return self.result.text
 
 
 def page(sections: Sequence[Section], missing: Sequence[tuple[str, str]], models: Any,
@@ -81,7 +80,7 @@ def page(sections: Sequence[Section], missing: Sequence[tuple[str, str]], models
         sections=shown,
         rows=rows,
         tally=_tally(rows),
-        missing=[{"what": TEXTS[what].title, "why": why} for what, why in missing],
+        missing=[{"what": what, "why": why} for what, why in missing],
         models=models,
         runs=[_run(section, one) for section, one in zip(sections, shown)],
         versions=_versions(sections),

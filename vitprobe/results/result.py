@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
+from vitprobe.catalogue import measurements
 from vitprobe.errors import VitprobeError
 from vitprobe.results.tables import Label, as_csv, as_dataframe, long_table
 from vitprobe.results.writing import write_atomically
@@ -30,21 +31,6 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 # A claim is decided two standard errors away from its threshold, about 95 % of the time rightly:
 # as many as that takes by Student's t where the standard error itself comes of few replicates.
 DECISIVE_STANDARD_ERRORS = 2.0
-
-ANALYSES = (
-    "cka",
-    "attention_distance",
-    "head_subsets",
-    "attention_rollout",
-    "receptive_field",
-    "skip_ratio",
-    "skip_ablation",
-    "linear_probe",
-    "localization",
-    "position_embedding",
-    "patch_embedding",
-    "token_norms",
-)
 
 
 @dataclass(frozen=True)
@@ -122,6 +108,27 @@ def plus_minus(value: float | None, standard_error: float | None, digits: int = 
 
 
 @dataclass(frozen=True)
+class Text:
+    """The words of one kind of figure.
+
+    Attributes:
+        title: of the section.
+        shows: what is drawn, and the papers' figures.
+        read: how to read it.
+        value: what a heat map's cell holds; empty where there is no heat map to point at.
+        places: whether rows and columns of the heat maps mean something by themselves.
+        logarithms: whether the heat maps are drawn from logarithms (to base 10) of the value.
+    """
+
+    title: str
+    shows: str
+    read: str
+    value: str = ""
+    places: bool = True
+    logarithms: bool = False
+
+
+@dataclass(frozen=True)
 class Result:
     """What a measurement returns: documented arrays (the subclass's fields) and ``meta``.
 
@@ -133,6 +140,7 @@ class Result:
     meta: dict[str, Any]
 
     analysis: ClassVar[str] = ""
+    text: ClassVar[Text] = Text("", "", "")
     # Array -> names of its axes, and axis -> names of its places: what tables are made from.
     axes: ClassVar[dict[str, tuple[str, ...]]] = {}
     names: ClassVar[dict[str, tuple[str, ...]]] = {}
@@ -289,7 +297,7 @@ def load_result(path: str | Path) -> Result:
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise VitprobeError(f"{path} is not a result file of vitprobe.") from error
     # The name comes from a file: only measurements are imported by it.
-    if analysis not in ANALYSES:
+    if analysis not in measurements():
         raise VitprobeError(f"{path} holds {analysis!r}, which is not a measurement of vitprobe.")
     result_type = import_module(f"vitprobe.{analysis}").RESULT
     wanted = {field.name for field in fields(result_type)} - {"meta"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -74,18 +74,25 @@ class Measurement:
         analysis: its name, that of its module.
         at_least: images that it needs in a batch.
         gradients: its passes need autograd, so it shares them with no other measurement.
+        first: how many images it looks at of those that others look at too; all by default.
     """
 
     analysis: ClassVar[str] = ""
     at_least: ClassVar[int] = 1
     gradients: ClassVar[bool] = False
 
+    first: int | None = field(default=None, kw_only=True)
+
     def on(
-        self, models: list[Model], images: Any, options: Options
+        self, models: list[Model], images: Any, options: Options, shared: bool
     ) -> tuple[Measurement, Any, Options]:
         """The measurement as it is made on these images, and which of them it looks at.
 
-        Measurements that look at the same images share their passes.
+        Args:
+            models: loaded.
+            images: as they were given.
+            options: as they were given.
+            shared: whether others are measured too; those on the same images share their passes.
         """
         return self, images, options
 
@@ -102,6 +109,19 @@ class Measurement:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class WeightsMeasurement(Measurement):
+    """A measurement that looks at the models alone, and at no images."""
+
+    def of(self, models: Sequence[Model], seed: int) -> Result:
+        """The result; ``seed`` is what untrained weights were drawn by.
+
+        Raises:
+            NotApplicable: a model that cannot have it; ``model`` names it.
+        """
+        raise NotImplementedError
+
+
 @dataclass
 class _Part:
     """A measurement under way, on some of the session's models."""
@@ -111,11 +131,21 @@ class _Part:
     watch: Watch
     chosen: list[int]
     without: dict[str, str]
-    left_out: Tensor
+    counts: Sums  # images in its totals, and in batches too small for it
 
     def state(self) -> Sums:
-        sums = {**self.watch.sums, "used": self.watch.used, "left_out": self.left_out}
+        sums = {**self.watch.sums, **self.counts, "used": self.watch.used}
         return {f"{self.name}.{name}": total for name, total in sums.items()}
+
+    def wants(self, batch: Batch) -> bool:
+        """Whether a batch goes into its totals."""
+        first = self.measurement.first
+        if first is not None and batch.positions.min() >= first:
+            return False
+        if len(batch) >= self.measurement.at_least:
+            return True
+        self.counts["left_out"] += len(batch)
+        return False
 
 
 class Results(dict[str, Result]):
@@ -123,11 +153,13 @@ class Results(dict[str, Result]):
 
     Attributes:
         missing: name of a measurement -> why none of the models can have it.
+        failed: name of a measurement -> what went wrong, where the others were to go on.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.missing: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
 
 
 def check_batch_size(options: Options, at_least: int) -> None:
@@ -157,7 +189,7 @@ def measure_one(
     """
     options = options or Options()
     loaded = load_models(models, options.image_size, options.seed, options.names)
-    measurement, images, options = measurement.on(loaded, images, options)
+    measurement, images, options = measurement.on(loaded, images, options, False)
     with _opened([measurement], loaded, images, options) as ready:
         watch = measurement.prepare(ready)
         part = _part(measurement.analysis, measurement, watch, list(range(len(loaded))), {}, ready)
@@ -170,33 +202,63 @@ def measure_each(
     models: Any,
     images: Any = None,
     options: Options | None = None,
+    go_on: bool = False,
 ) -> Results:
     """Results by name, from one pass over the images for all that look at the same.
 
     A model that cannot have a measurement is left out of that one, and its result says so
     (``meta["without"]``); where none can have it, ``missing`` says why.
+
+    Args:
+        measurements: by the names that their results are to have.
+        models: see ``load_models``.
+        images: see ``open_images``.
+        options: of all.
+        go_on: where one fails, make the others; ``failed`` then says why.
     """
     options = options or Options()
     loaded = load_models(models, options.image_size, options.seed, options.names)
     found = Results()
-    for shared in _shared(measurements, loaded, images, options, found).values():
-        parts: list[_Part] = []
-        images_of, options_of = shared[0][2:]
-        with _opened([one for _, one, _, _ in shared], loaded, images_of, options_of) as ready:
-            for name, measurement, _, _ in shared:
+    for shared in _shared(measurements, loaded, images, options, found):
+        try:
+            found.update(_together(shared, loaded, found))
+        except VitprobeError as error:
+            if not go_on:
+                raise
+            if len(shared) == 1:
+                found.failed[shared[0].name] = str(error)
+                continue
+            # Whose fault it is shows when each is measured by itself.
+            for alone in shared:
                 try:
-                    parts += _prepared(name, measurement, ready)
-                except NotApplicable as error:
-                    found.missing[name] = str(error)
-            if parts:
-                _run(ready, parts)
-            for part in parts:
-                found[part.name] = _result(part)
-    in_order = Results()
-    in_order.missing = found.missing
+                    found.update(_together([alone], loaded, found))
+                except VitprobeError as own:
+                    found.failed[alone.name] = str(own)
+    for name, one in measurements.items():
+        if isinstance(one, WeightsMeasurement):
+            try:
+                found[name] = _of_weights(one, loaded, options.seed)
+            except NotApplicable as error:
+                found.missing[name] = str(error)
+            except VitprobeError as error:
+                if not go_on:
+                    raise
+                found.failed[name] = str(error)
     order = list(measurements)
-    in_order.update(sorted(found.items(), key=lambda one: order.index(one[0].partition(": ")[0])))
-    return in_order
+    in_order = sorted(found.items(), key=lambda one: order.index(one[0].partition(": ")[0]))
+    found.clear()
+    found.update(in_order)
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A measurement that is asked for, and the images that it looks at."""
+
+    name: str
+    measurement: Measurement
+    images: Images
+    options: Options
 
 
 def _shared(
@@ -205,24 +267,57 @@ def _shared(
     images: Any,
     options: Options,
     found: Results,
-) -> dict[Any, list[tuple[str, Measurement, Any, Options]]]:
-    """Measurements by the images that they look at, and whether they need gradients."""
-    shared: dict[Any, list[tuple[str, Measurement, Any, Options]]] = {}
+) -> list[list[_Asked]]:
+    """Measurements that share their passes: on the same images, with or without gradients."""
+    shared: dict[Any, list[_Asked]] = {}
     opened: dict[Any, Images] = {}
     for name, measurement in measurements.items():
+        if isinstance(measurement, WeightsMeasurement):
+            continue
         try:
-            one, images_of, options_of = measurement.on(loaded, images, options)
+            one, images_of, options_of = measurement.on(loaded, images, options, True)
         except NotApplicable as error:
             found.missing[name] = str(error)
             continue
-        at = id(images_of), options_of.num_images, options_of.seed
+        at = id(images_of), options_of.num_images
         if at not in opened:
             opened[at] = open_images(images_of, options_of.num_images, options_of.seed)
         chosen = opened[at]
-        key = chosen.digest, options_of.batch_size, one.gradients
-        settings = replace(options_of, num_images=None)
-        shared.setdefault(key, []).append((name, one, chosen, settings))
-    return shared
+        key = chosen.digest, len(chosen), options_of.batch_size, one.gradients
+        options_of = replace(options_of, num_images=None)
+        shared.setdefault(key, []).append(_Asked(name, one, chosen, options_of))
+    return list(shared.values())
+
+
+def _together(shared: list[_Asked], loaded: list[Model], found: Results) -> dict[str, Result]:
+    """The results of measurements on the same images, from one pass."""
+    measurements = [asked.measurement for asked in shared]
+    parts: list[_Part] = []
+    with _opened(measurements, loaded, shared[0].images, shared[0].options) as ready:
+        for asked in shared:
+            try:
+                parts += _prepared(asked.name, asked.measurement, ready)
+            except NotApplicable as error:
+                found.missing[asked.name] = str(error)
+        if parts:
+            _run(ready, parts)
+        return {part.name: _result(part) for part in parts}
+
+
+def _of_weights(measurement: WeightsMeasurement, loaded: list[Model], seed: int) -> Result:
+    chosen, without = loaded, dict[str, str]()
+    while True:
+        try:
+            result = measurement.of(chosen, seed)
+            break
+        except NotApplicable as error:
+            left = [model for model in chosen if model.name != error.model]
+            if not left or len(left) == len(chosen):
+                raise
+            chosen, without[error.model] = left, str(error)
+    if without:
+        result.meta["without"] = without
+    return result
 
 
 @contextmanager
@@ -271,7 +366,7 @@ def _part(
     without: dict[str, str],
     ready: Session,
 ) -> _Part:
-    return _Part(name, measurement, watch, chosen, without, ready.sums(n=())["n"])
+    return _Part(name, measurement, watch, chosen, without, ready.sums(n=(), left_out=()))
 
 
 def _run(ready: Session, parts: list[_Part]) -> None:
@@ -279,12 +374,7 @@ def _run(ready: Session, parts: list[_Part]) -> None:
     sums = {name: total for part in parts for name, total in part.state().items()}
 
     def step(batch: Batch) -> None:
-        active = []
-        for part in parts:
-            if len(batch) < part.measurement.at_least:
-                part.left_out += len(batch)
-            else:
-                active.append((part, batch.of(part.chosen)))
+        active = [(part, batch.of(part.chosen)) for part in parts if part.wants(batch)]
         for m in range(len(ready.models)):
             mine = [(part, of) for part, of in active if m in part.chosen]
             if not mine:
@@ -296,6 +386,7 @@ def _run(ready: Session, parts: list[_Part]) -> None:
         for part, of in active:
             part.watch.end(of)
             part.watch.used[part.watch.group(batch)] += 1
+            part.counts["n"] += len(batch)
 
     run(
         ready,
@@ -313,8 +404,8 @@ def _result(part: _Part) -> Result:
         raise VitprobeError(f"No batch of at least {at_least} readable images was left.")
     meta = watch.ready.meta(part.measurement.analysis)
     meta["replicates"] = int((watch.used > 0).sum())
-    meta["left_out"] = int(part.left_out)
-    meta["n"] -= meta["left_out"]
+    meta["left_out"] = int(part.counts["left_out"])
+    meta["n"] = int(part.counts["n"])
     if part.without:
         meta["without"] = part.without
     return watch.result(meta)
