@@ -24,7 +24,7 @@ import torch
 
 from vitprobe.running.session import Batch, Session
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parent / "README.md"
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def publish(name: str, text: str, readme: bool) -> None:
-    """Print; with ``readme`` also put the text between the README's marks of this name."""
+    """Print; with ``readme`` also put the text between its marks in ``README.md`` here."""
     print(text, flush=True)
     if not readme:
         return
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     page = README.read_text(encoding="utf-8")
     if begin not in page or end not in page:
-        raise SystemExit(f"The README has no {begin} ... {end}.")
+        raise SystemExit(f"{README} has no {begin} ... {end}.")
     before, rest = page.split(begin)
     README.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")

@@ -11,6 +11,9 @@ from gallery import command_of
 from vitprobe.errors import VitprobeError
 from vitprobe.results.result import Result, load_result
 
+# The README shows it.
+QUICK_START = "quick_start"
+
 INTRODUCTION = """\
 # Figures
 
@@ -36,7 +39,7 @@ def write(folder: Path, scripts: Sequence[str]) -> Path:
     for paper, start in (("Raghu et al. 2021", "raghu_"), ("Dosovitskiy et al. 2021", "vit_")):
         drawn = [_entry(folder, n, results[n]) for n in mine if n.startswith(start)]
         parts += [f"## {paper}\n", *drawn] if drawn else []
-    others = [_entry(folder, n, r) for n, r in results.items() if n not in mine]
+    others = [_entry(folder, n, r) for n, r in results.items() if n not in (*mine, QUICK_START)]
     parts += ["## On weights from elsewhere\n", *others] if others else []
     parts += _left_out([name for name in scripts if name not in results])
     page = folder / "README.md"

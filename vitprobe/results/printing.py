@@ -30,10 +30,18 @@ def print_files(paths: Sequence[Path], findings: Sequence[Finding], seconds: flo
     print(f"\nTook {duration(seconds)}.")
 
 
-def print_findings(findings: Sequence[Finding], stream: IO[str] | None = None) -> None:
-    """Each verdict with its claim, the layers and numbers that decided it indented below."""
+def print_findings(
+    findings: Sequence[Finding], stream: IO[str] | None = None, width: int | None = None
+) -> None:
+    """Each verdict with its claim, the layers and numbers that decided it indented below.
+
+    Args:
+        findings: in any order; those of a figure are printed together.
+        stream: stdout by default.
+        width: of the lines; by default that of the terminal, and no limit elsewhere.
+    """
     stream = stream or sys.stdout
-    width, colours = _width(stream), _coloured(stream)
+    width, colours = width or _width(stream), _coloured(stream)
     for source in dict.fromkeys(finding.source for finding in findings):
         print(f"\n{source}", file=stream)
         for finding in (one for one in findings if one.source == source):
