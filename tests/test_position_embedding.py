@@ -15,7 +15,7 @@ from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import wrap
 from vitprobe.position_embedding import axis_gain, decay, measure, similarity
 from vitprobe.results.result import FAILS, HOLDS, load_result
-from vitprobe.tracing.positions import by_offset, find_table, resample
+from vitprobe.tracing.positions import by_offset, find_positions, resample
 
 
 def with_table(table, prefix=1):
@@ -131,43 +131,204 @@ def test_neither_table_nor_bias_gets_its_line():
             measure(wrap(timm.create_model(name), name))
 
 
-def test_a_table_of_maps_and_of_another_library():
-    class Other(nn.Module):
+class Embeds(nn.Module):
+    """Patches with a table under some name, in some module; ``wanted`` is what to find."""
+
+    def __init__(self, name="pos_embedding", size=(32, 48), before=1, behind=0, form="parameter"):
+        super().__init__()
+        self.project = nn.Conv2d(3, 8, 8, 8)
+        grid = size[0] // 8, size[1] // 8
+        count = grid[0] * grid[1]
+        table = torch.randn(1, before + count + behind, 8)
+        self.wanted = table[0, before : before + count].reshape(*grid, 8)
+        self.holder, self.name = nn.Module(), name
+        if form == "buffer":
+            self.holder.register_buffer(name, table)
+        else:
+            setattr(self.holder, name, table if form == "attribute" else nn.Parameter(table))
+        self.extra = nn.ParameterList(torch.randn(1, n, 8) for n in (before, behind))
+        self.text_positions = nn.Parameter(torch.randn(count, 8))  # of another tower
+        self.bias = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        x = self.project(x).flatten(2).mT
+        before, behind = (one.expand(len(x), -1, -1) for one in self.extra)
+        return torch.cat([before, x, behind], 1) + getattr(self.holder, self.name) + self.bias
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "patch_positions", "grid_code", "weights"])
+@pytest.mark.parametrize("form", ["parameter", "buffer", "attribute"])
+def test_a_table_is_what_is_added_to_the_tokens_whatever_its_name(name, form):
+    module = Embeds(name, before=2, behind=1, form=form)
+    result = measure(wrap(module, "made", input_size=(3, 32, 48)))
+    assert [table["grid"] for table in result.meta["tables"]] == [[4, 6]]
+    held = "output" if form == "attribute" else f"holder.{name}"
+    assert result.meta["tables"][0]["name"] == held
+    np.testing.assert_allclose(result.of(0), similarity(module.wanted), atol=1e-6)
+
+
+def test_without_a_word_the_size_is_one_that_the_module_runs_at():
+    module = Embeds(size=(96, 96))
+    assert measure(wrap(module, "made")).meta["tables"][0]["grid"] == [12, 12]
+    module = Embeds(size=(40, 24))
+    module.config = type("Config", (), {"image_size": (40, 24)})
+    assert measure(wrap(module, "made")).meta["tables"][0]["grid"] == [5, 3]
+    with pytest.raises(VitprobeError, match=r"runs at none of the usual sizes .* input_size="):
+        measure(wrap(Embeds(size=(40, 24)), "made"))
+    with pytest.raises(VitprobeError, match="made cannot run on images of 3 × 32 × 32"):
+        measure(wrap(Embeds(size=(40, 24)), "made", input_size=(3, 32, 32)))
+
+
+def test_a_model_comes_back_in_the_mode_that_it_had():
+    module = Embeds().train()
+    module.project.eval()
+    measure(wrap(module, "made", input_size=(3, 32, 48)))
+    assert module.training and not module.project.training
+
+
+def test_numbers_that_are_no_positions_are_no_table():
+    class Others(nn.Module):
+        """Adds to channels, to rows of another order, to the image, and multiplies tokens."""
+
         def __init__(self):
             super().__init__()
-            self.encoder = nn.Module()
-            self.encoder.pos_embedding = nn.Parameter(torch.randn(1, 26, 8))
+            self.project, self.mix = nn.Conv2d(3, 8, 8, 8), nn.Linear(16, 16)
+            self.shift = nn.Parameter(torch.randn(1, 3, 32, 32))
+            self.gate, self.hidden = (nn.Parameter(torch.randn(1, 16, 8)) for _ in range(2))
+            self.channel = nn.Parameter(torch.randn(8, 1, 1))
 
-    assert measure(wrap(Other(), "other")).similarity.shape == (5, 5, 5, 5)
+        def forward(self, x):
+            x = (self.project(x + self.shift) + self.channel).flatten(2).mT * self.gate
+            return x + self.mix(x.mT).mT.add(self.hidden).relu()
+
+    with pytest.raises(VitprobeError, match="others has no position embedding to show"):
+        measure(wrap(Others(), "others", input_size=(3, 32, 32)))
+
+
+def test_tables_on_maps_and_of_several_stages():
     pit = timm.create_model("pit_ti_224", img_size=64)
     rows, columns = pit.pos_embed.shape[-2:]
     assert measure(wrap(pit, "pit")).similarity.shape[:2] == (rows, columns)
 
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2)
+            self.table1 = nn.Parameter(torch.randn(8, 8, 8))
+            self.table2 = nn.Parameter(torch.randn(1, 4, 4, 8))
 
-@pytest.mark.parametrize("name", ["pos_embed_0", "patch_pos", "pos_embed1", "position_embeddings"])
-def test_names_of_tables(name):
-    module = nn.Module()
-    setattr(module, name, nn.Parameter(torch.randn(1, 26, 8)))
-    assert measure(wrap(module, "named")).similarity.shape == (5, 5, 5, 5)
+        def forward(self, x):
+            x = self.table1 + self.first(x)
+            x = self.second(x).permute(0, 2, 3, 1)
+            x += self.table2
+            return x + self.table2  # the same once more
 
-
-def test_a_table_larger_than_the_models_own_grid():
-    module = nn.Module()
-    module.patch_embed = nn.Module()
-    module.patch_embed.grid_size = (4, 4)
-    module.pos_embed = nn.Parameter(torch.randn(1, 36, 8))
-    assert measure(wrap(module, "larger")).similarity.shape == (6, 6, 6, 6)
+    module = Stages()
+    result = measure(wrap(module, "stages", input_size=(3, 32, 32)), grid=(2, 3))
+    assert [(t["name"], t["grid"]) for t in result.meta["tables"]] == [
+        ("table1", [8, 8]), ("table1", [2, 3]), ("table2", [4, 4]), ("table2", [2, 3]),
+    ]  # fmt: skip
+    assert result.meta["tables"][0]["label"] == "stages, table1, 8 × 8"
+    expected = similarity(module.table1.permute(1, 2, 0))
+    np.testing.assert_allclose(result.of(0), expected, atol=1e-6)
+    np.testing.assert_allclose(result.of(2), similarity(module.table2[0]), atol=1e-6)
 
 
 def test_a_table_that_is_one_block_after_another():
     module = nest.Nest(img_size=64, embed_dims=(8, 8, 8), num_heads=(1, 1, 1), depths=(1, 1, 1))
     table = module.levels[0].pos_embed.detach()  # (1, 16 blocks, 4 x 4 tokens, features)
     table.copy_(torch.randn_like(table))
-    found = find_table(wrap(module, "nest"))
+    found = find_positions(module.eval(), torch.randn(1, 3, 64, 64)).tables[0][1]
     assert found.shape[:2] == (16, 16)
     for row, column in [(0, 0), (0, 5), (5, 0), (15, 14)]:
         block, token = 4 * (row // 4) + column // 4, 4 * (row % 4) + column % 4
         torch.testing.assert_close(found[row, column], table[0, block, token])
+
+
+class Attends(nn.Module):
+    """Attention among all tokens with a bias, in several ways of writing it."""
+
+    def __init__(self, way, side=4, heads=2):
+        super().__init__()
+        self.way, self.heads, self.side = way, heads, side
+        self.project = nn.Conv2d(3, 8, 8, 8)
+        self.table = nn.Parameter(torch.randn(heads, 2 * side - 1, 2 * side - 1))
+        index = torch.arange(side * side)
+        self.dy = (index[None] // side - index[:, None] // side) + side - 1
+        self.dx = (index[None] % side - index[:, None] % side) + side - 1
+        self.pairs = nn.Parameter(torch.randn(heads, side**2, side**2))
+        self.joint = nn.MultiheadAttention(8, heads, batch_first=True)
+        hidden = torch.zeros(side**2, side**2).masked_fill(torch.rand(side**2, side**2) < 0.5, -100)
+        self.hidden = hidden
+
+    def forward(self, x):
+        x = self.project(x).flatten(2).mT
+        bias = self.table[:, self.dy, self.dx]
+        q = k = v = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if self.way == "a head at a time":
+            parts = []
+            for h in range(self.heads):
+                scores = q[:, h] @ k[:, h].mT + bias[h]
+                parts.append(scores.softmax(-1) @ v[:, h])
+            return torch.cat(parts, -1)
+        if self.way == "fused":
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        if self.way == "module":
+            return self.joint(x, x, x, attn_mask=bias)[0]
+        if self.way == "baddbmm":
+            q, k, v = (one.flatten(0, 1) for one in (q, k, v))
+            return torch.baddbmm(bias, q, k.mT).softmax(-1) @ v
+        if self.way == "einsum":
+            scores = torch.einsum("bhid,bhjd->bhij", q, k * 0.5)
+            scores = bias + scores
+            return torch.einsum("bhij,bhjd->bhid", nn.Softmax(-1)(scores), v)
+        scores = q @ k.transpose(-2, -1) * 0.5
+        if self.way == "in place":
+            scores += bias
+        elif self.way == "in two parts":
+            scores = (scores + bias * 0.25) + bias * 0.75
+        elif self.way == "before a mask":
+            scores = scores + bias[None]
+            scores = scores.view(len(x), 1, *scores.shape[1:]) + self.hidden.fill_diagonal_(0)
+            scores = scores.flatten(0, 1)
+        elif self.way == "after the softmax":
+            return (scores.softmax(-1) + bias) @ v
+        elif self.way == "of pairs":
+            scores = scores + self.pairs
+        return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "way", ["fused", "module", "baddbmm", "einsum", "in place", "in two parts", "before a mask",
+    "a head at a time"]
+)  # fmt: skip
+def test_a_bias_is_what_is_added_to_scores_however_it_is_written(way):
+    torch.manual_seed(0)
+    module = Attends(way)
+    result = measure(wrap(module, "made", input_size=(3, 32, 32)))
+    assert result.layers.tolist() == ["joint" if way == "module" else "output"]
+    np.testing.assert_allclose(result.bias[0], module.table.detach(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["after the softmax", "of pairs", "none"])
+def test_what_is_added_elsewhere_or_to_pairs_as_they_come_is_no_bias_by_offset(way):
+    with pytest.raises(VitprobeError, match="no relative-position bias"):
+        measure(wrap(Attends(way), "made", input_size=(3, 32, 32)))
+
+
+def test_the_bias_of_shifted_windows_is_told_from_their_mask():
+    module = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, depths=(2,), num_heads=(2,), embed_dim=12
+    )
+    for fused in (False, True):
+        for block in module.layers[0].blocks:
+            block.attn.fused_attn = fused
+            block.attn.relative_position_bias_table.data.normal_()
+        result = measure(wrap(module, "swin"))
+        assert len(result.layers) == 2
+        for found, block in zip(result.bias, module.layers[0].blocks):
+            table = block.attn.relative_position_bias_table.detach().T.reshape(2, 13, 13)
+            np.testing.assert_allclose(found, table.flip(1, 2), atol=1e-6)
 
 
 def test_levit_biases_go_by_the_size_of_the_offset():

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.models.example import at_an_example
 from vitprobe.models.loading import Model, load_models
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text, decide
@@ -32,7 +33,7 @@ from vitprobe.results.tables import Label
 from vitprobe.running.measurement import WeightsMeasurement
 from vitprobe.running.options import option
 from vitprobe.running.session import models_meta
-from vitprobe.tracing.positions import find_biases, find_table, resample
+from vitprobe.tracing.positions import find_positions, resample
 
 SHOWN_TILES, SHOWN_HEADS = 14, 8
 
@@ -327,21 +328,24 @@ def measure(
     tables, biases, meta = [], [], models_meta("position_embedding", loaded, seed)
     meta["tables"] = []
     for i, model in enumerate(loaded):
-        table, found = find_table(model), find_biases(model)
-        if table is None and not found:
+        with at_an_example(model) as example:
+            found = find_positions(model.module, example)
+        if not found.tables and not found.biases:
             raise NotApplicable(
-                f"{model.name} has no position embedding to show: no table of one vector a patch, "
-                f"and no relative-position bias.",
+                f"{model.name} has no position embedding to show: it adds no table of one vector a "
+                f"patch to its tokens, and no relative-position bias to its attention.",
                 model.name,
             )
-        biases += [(i, label, bias) for label, bias in found]
-        if table is None:
-            continue
-        for shown in [table] + ([resample(table, *grid)] if grid else []):
-            rows, columns = shown.shape[:2]
-            label = f"{model.name}, {rows} × {columns}" if grid else model.name
-            meta["tables"].append({"model": i, "label": label, "grid": [rows, columns]})
-            tables.append(similarity(shown))
+        biases += [(i, label, bias) for label, bias in found.biases]
+        for name, table in found.tables:
+            called = f"{model.name}, {name}" if len(found.tables) > 1 else model.name
+            for shown in [table] + ([resample(table, *grid)] if grid else []):
+                rows, columns = shown.shape[:2]
+                label = f"{called}, {rows} × {columns}" if grid else called
+                meta["tables"].append(
+                    {"model": i, "label": label, "grid": [rows, columns], "name": name}
+                )
+                tables.append(similarity(shown))
     owners = np.array([i for i, _, _ in biases], dtype=int)
     return PositionEmbeddingResult(
         meta,

@@ -116,34 +116,53 @@ def _product(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]
 
 
 def _einsum(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
-    """The places of the operand that the sum does not mix; of rows, where several are not mixed."""
+    place = einsum_place(args, found[0])
+    return ["einsum" if place is None else place]
+
+
+def einsum_place(args: tuple, result: Tensor, columns: bool = False) -> Tensor | None:
+    """The places of an operand of ``einsum`` that it does not mix.
+
+    Args:
+        args: of the operation.
+        result: of it.
+        columns: those of the operand with the result's last index, if there is one; otherwise
+            preferably those of the operand with the last index but one.
+
+    Returns:
+        Places of the result, or None where they are lost.
+    """
     given = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
     inputs, _, output = args[0].replace(" ", "").partition("->")
     names = inputs.split(",")
     if not output or "." in output or any(len(set(name)) < len(name) for name in names):
-        raise ValueError("an equation of another kind")
+        return None
     placed = [(n, place_of(t)) for n, t in zip(names, given) if place_of(t) is not None]
     kept: list[tuple[str, Tensor]] = []
     for name, place in placed:
-        assert isinstance(place, Tensor)
+        if not isinstance(place, Tensor):
+            return None
         summed = tuple(axis for axis, letter in enumerate(name) if letter not in output)
         mixed = any(spread(place, axis) >= TOLERANCE_PX for axis in summed)
         if mixed and len(placed) > 1:
             continue
         if mixed and mixes_all(compact(place), summed):
-            return [nowhere(found[0])]
+            return nowhere(result)
         for axis in reversed(summed):
             place = middle(place, axis)
         kept.append(("".join(letter for letter in name if letter in output), place))
-    rows = output[-2:-1]
+    wanted = output[-1:] if columns else output[-2:-1]
+    chosen = [one for one in kept if wanted and wanted in one[0]]
+    if columns and (len(kept) < 2 or len(chosen) != 1):
+        return None
     if not kept:
-        return ["einsum"]
-    name, place = next((one for one in kept if rows and rows in one[0]), kept[0])
+        return None
+    name, place = (chosen or kept)[0]
     place = place.permute([name.index(letter) for letter in output if letter in name])
     for axis, letter in enumerate(output):
         if letter not in name:
             place = place.unsqueeze(axis)
-    return [place.expand(found[0].shape)]
+    return place.expand(result.shape)
 
 
 def _attention(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:

@@ -220,15 +220,22 @@ def _grid(place: Place, layer: Layer) -> Places | str:
         return "where its parts stand differs from image to image"
     if float(gap.abs().nan_to_num(0).amax()) >= TOLERANCE_PX:
         return "where its parts stand differs from image to image"
-    if one.isnan().all():
-        return bare
-    axes = _axes_of_vectors(one)
-    found = _on_axes(one, axes)
-    if found is None and all(axis in axes for axis in range(one.ndim)):
+    found = grid_of(one)
+    return found or bare
+
+
+def grid_of(place: Tensor) -> Places | str:
+    """The grid of one image's tensor from where its elements stand; why not, or nothing."""
+    if place.isnan().all():
+        return ""
+    axes = _axes_of_vectors(place)
+    found = _on_axes(place, axes)
+    if found is None and all(axis in axes for axis in range(place.ndim)):
         # No axis of features: pixels side by side in a vector, which are nearest to one another.
-        axes.remove(min(axes, key=lambda axis: spread(one, axis)))
-        found = _on_axes(one, axes)
-    return found or f"its parts stand on no grid of rows and columns ({bare})"
+        axes.remove(min(axes, key=lambda axis: spread(place, axis)))
+        found = _on_axes(place, axes)
+    size = " × ".join(map(str, place.shape))
+    return found or f"its parts, {size}, stand on no grid of rows and columns"
 
 
 def _on_axes(place: Tensor, axes: Sequence[int]) -> Places | None:
@@ -242,7 +249,7 @@ def _on_axes(place: Tensor, axes: Sequence[int]) -> Places | None:
         place = middle(place, axis)
     order = _map_order(place) if len(axes) == 2 else None
     if order is None:
-        order = _order(place.flatten().numpy())
+        order = order_of(place.flatten().numpy())
     if order is None:
         return None
     # What stands nowhere on a map is its border beyond the image, and no token.
@@ -282,8 +289,8 @@ def _map_order(place: Tensor) -> np.ndarray | None:
     return np.arange(place.numel()).reshape(place.shape)
 
 
-def _order(place: np.ndarray) -> np.ndarray | None:
-    """(rows, columns) which of the vectors stands where; None where they form no grid."""
+def order_of(place: np.ndarray) -> np.ndarray | None:
+    """(rows, columns) which of (vectors,) places is where; None where they form no grid."""
     there = np.flatnonzero(~np.isnan(place))
     (x, columns), (y, rows) = (_ranks(part[there]) for part in (place.real, place.imag))
     if rows * columns != len(there) or len(np.unique(y * columns + x)) != len(there):

@@ -1,29 +1,32 @@
-"""What a model knows of positions: a table of one vector a patch, or biases in its attention."""
+"""What a model knows of positions: tables added to its tokens, and biases in its attention.
+
+One watched pass of one image tells, by what is added to what. A tensor that does not depend on the
+image and is added to the image's tokens, a vector each, is a table of positions, whatever it is
+called and whichever module holds it; one that is added to the scores of attention, and depends on
+the offset from query to key alone, is a relative-position bias.
+"""
 
 from __future__ import annotations
 
-import re
-from math import isqrt
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from vitprobe.models.loading import Model
+from vitprobe.tracing.additions import ADDS, operands
+from vitprobe.tracing.observing import observing
+from vitprobe.tracing.places import Places, grid_of, order_of
+from vitprobe.tracing.scores import Scores, columns_of, is_map, product_of
+from vitprobe.tracing.tokens import middle, place_of, put_pixels
+from vitprobe.tracing.trace import tensors
 
-_TABLE = re.compile(
-    r"(^|[._])((abs\w*_)?pos(ition)?(al)?_?(emb|embed|embedding|embeddings)|patch_pos)"
-    r"(_?\d+)?(\.weight)?$"
-)
-# Whatever else a table holds beside a square of patches: class, distillation and register tokens.
-MOST_PREFIX_TOKENS = 16
-# How a module says its bias, heads first; the names of the families that have one.
-BIASES = {
-    "_get_rel_pos_bias": "Swin, BEiT",
-    "_relative_positional_encodings": "Swin v2 CR",
-    "get_bias": "MaxViT, CoAtNet, ViT with relative positions",
-}
+# How far a bias may be from one that depends on the offset alone, relative to its range.
+_TOLERANCE = 1e-4
 
 
 def resample(table: Tensor, rows: int, columns: int) -> Tensor:
@@ -55,84 +58,253 @@ def by_offset(bias: Tensor, rows: int, columns: int) -> np.ndarray:
     return found
 
 
-def find_table(model: Model) -> Tensor | None:
-    """(rows, columns, features) of a model's table of positions, prefix tokens left out."""
-    named = [*model.module.named_parameters(), *model.module.named_buffers()]
-    for name, tensor in named:
-        if not _TABLE.search(name) or not tensor.is_floating_point():
-            continue
-        while tensor.ndim > 2 and len(tensor) == 1:
-            tensor = tensor[0]
-        owner = model.module.get_submodule(name.removesuffix(".weight").rpartition(".")[0])
-        if tensor.ndim == 3 and hasattr(owner, "block_size"):
-            return _by_blocks(tensor)
-        if tensor.ndim == 3:
-            # Features come last, or first in tables that are added to maps.
-            first = tensor.shape[1] == tensor.shape[2] != tensor.shape[0]
-            return tensor.permute(1, 2, 0) if first else tensor
-        shape = _grid(model, len(tensor)) if tensor.ndim == 2 else None
-        if shape is not None:
-            return tensor[len(tensor) - shape[0] * shape[1] :].unflatten(0, shape)
-    return None
+@dataclass(frozen=True)
+class Positions:
+    """What a pass adds that tells positions.
+
+    Attributes:
+        tables: name of the parameter, or of the module that adds, and (rows, columns, features),
+            tokens without a place left out.
+        biases: module that attends and (heads, offsets, offsets), the middle being offset 0.
+    """
+
+    tables: list[tuple[str, Tensor]]
+    biases: list[tuple[str, np.ndarray]]
 
 
-def _by_blocks(table: Tensor) -> Tensor:
-    """NesT's table (blocks, tokens of a block, features) as (rows, columns, features)."""
-    blocks, tokens = (isqrt(size) for size in table.shape[:2])
-    return (
-        table.unflatten(1, (tokens, tokens)).unflatten(0, (blocks, blocks)).transpose(1, 2)
-    ).reshape(blocks * tokens, blocks * tokens, -1)  # fmt: skip
+def find_positions(module: nn.Module, example: Tensor) -> Positions:
+    """Watch one pass for what it adds to tokens and to scores.
+
+    Args:
+        module: in evaluation mode.
+        example: (1, C, H, W) as the model takes it.
+    """
+    watch = _Added(module, example)
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = example[:1].clone()
+        put_pixels(inputs)
+        with watch.modules(), observing(module, watch):
+            module(inputs)
+    return Positions(watch.tables, _by_module(watch.biases))
 
 
-def _grid(model: Model, tokens: int) -> tuple[int, int] | None:
-    """Rows and columns of a table of so many tokens: the model's word, or else a square."""
-    said = getattr(getattr(model.module, "patch_embed", None), "grid_size", None)
-    side = isqrt(tokens)
-    # A table may be larger than the grid, and is then resampled (Qwen3).
-    for rows, columns in [tuple(said), (side, side)] if said else [(side, side)]:
-        if 0 <= tokens - rows * columns <= MOST_PREFIX_TOKENS:
-            return rows, columns
-    return None
+@dataclass(frozen=True)
+class _Bias:
+    module: str
+    call: int
+    product: int  # whose scores it is added to
+    values: np.ndarray
 
 
-def find_biases(model: Model) -> list[tuple[str, np.ndarray]]:
-    """Label and (heads, offsets, offsets) of each module that adds a bias to its attention."""
-    found = []
-    for name, module in model.module.named_modules():
-        bias = _bias(module)
-        if bias is None or bias.shape[-1] != bias.shape[-2]:
-            continue
-        window = getattr(module, "window_size", None)
-        if window is None and hasattr(module, "attention_bias_idxs"):
-            window = isqrt(bias.shape[-1])
+def _by_module(found: list[_Bias]) -> list[tuple[str, np.ndarray]]:
+    """One bias a call of a module: what goes to the same scores summed, heads side by side."""
+    sums: dict[tuple[str, int, int], np.ndarray] = {}
+    for one in found:
+        key = one.module, one.call, one.product
+        sums[key] = sums.get(key, 0) + one.values
+    calls: dict[tuple[str, int], list[np.ndarray]] = {}
+    for (module, call, _), values in sums.items():
+        calls.setdefault((module, call), []).append(values)
+    labelled = []
+    for (module, call), parts in calls.items():
+        times = sum(other == module for other, _ in calls)
+        label = f"{module or 'output'}:{call + 1}" if times > 1 else module or "output"
+        if len({part.shape[1:] for part in parts}) == 1:
+            parts = [np.concatenate(parts)]
+        labelled += [(label, part) for part in parts]
+    return labelled
+
+
+class _Added(Scores):
+    """Notes what is added to tokens and to scores that does not depend on the image."""
+
+    def __init__(self, module: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        self.module, self.pixels = module, example.shape[-2] * example.shape[-1]
+        self.names = {
+            tensor.untyped_storage().data_ptr(): name
+            for name, tensor in [*module.named_buffers(), *module.named_parameters()]
+        }
+        self.stack: list[tuple[str, int]] = []
+        self.tables: list[tuple[str, Tensor]] = []
+        self.biases: list[_Bias] = []
+
+    @contextmanager
+    def modules(self) -> Iterator[None]:
+        """Within it, ``stack`` holds the names of the modules under way and their calls."""
+        calls: dict[str, int] = {}
+
+        def entering(name: str) -> Callable[..., None]:
+            def enter(*_: Any) -> None:
+                calls[name] = calls.get(name, -1) + 1
+                self.stack.append((name, calls[name]))
+
+            return enter
+
+        def leave(*_: Any) -> None:
+            self.stack.pop()
+
+        with ExitStack() as hooks:
+            for name, part in self.module.named_modules():
+                before = part.register_forward_pre_hook(entering(name))
+                hooks.callback(before.remove)
+                hooks.callback(part.register_forward_hook(leave, always_call=True).remove)
+            yield
+
+    def after(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
+        if function is F.scaled_dot_product_attention:
+            self._fused(*args, **kwargs)
+        elif function is F.multi_head_attention_forward:
+            self._pytorchs(args, kwargs)
+        elif function in ADDS and (pair := operands(args, kwargs)):
+            for one, other in (pair, pair[::-1]):
+                if isinstance(place_of(one), Tensor) and _constant(other):
+                    self._plus(one, other)
+        super().after(function, args, kwargs, result)
+        self._follow_names(args, kwargs, result)
+        if getattr(function, "__name__", "") == "baddbmm" and _constant(args[0]):
+            columns = columns_of(result)
+            if columns is not None:
+                beta = kwargs.get("beta", 1)
+                added, product = beta * args[0], product_of(result)
+                self._bias(middle(_placed(result), -1), middle(columns, -2), added, product)
+
+    def _plus(self, tokens: Tensor, other: Tensor) -> None:
+        columns = columns_of(tokens)
+        if columns is not None:
+            rows, columns = middle(_placed(tokens), -1), middle(columns, -2)
+            self._bias(rows, columns, other, product_of(tokens))
+        elif not is_map(tokens):
+            self._table(tokens, other)
+
+    def _fused(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        *_: Any, **__: Any,
+    ) -> None:  # fmt: skip
+        if attn_mask is None or not _constant(attn_mask):
+            return
+        if isinstance(place_of(query), Tensor) and isinstance(place_of(key), Tensor):
+            rows, columns = (middle(_placed(t), -1) for t in (query, key))
+            if rows.shape[:-1] == columns.shape[:-1]:
+                self.products += 1
+                self._bias(rows, columns, attn_mask, self.products)
+
+    def _pytorchs(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Of ``multi_head_attention_forward``, whose tokens come first."""
+        mask, heads = kwargs.get("attn_mask"), args[4]
+        if mask is None or not _constant(mask):
+            return
+        if all(isinstance(place_of(one), Tensor) for one in args[:2]):
+            rows, columns = (middle(_placed(one), -1).T for one in args[:2])
+            lead = len(rows), heads
+            rows, columns = (one[:, None].expand(*lead, -1) for one in (rows, columns))
+            self.products += 1
+            mask = mask.unflatten(0, lead) if mask.ndim == 3 else mask
+            self._bias(rows, columns, mask, self.products)
+
+    def _table(self, tokens: Tensor, other: Tensor) -> None:
+        if other.ndim > tokens.ndim or not other.isfinite().all():
+            return
+        places = grid_of(_placed(tokens))
+        if not isinstance(places, Places) or not 1 < len(places) < self.pixels:
+            return
+        own = _without_repetition(other)
+        own = own[(None,) * (tokens.ndim - own.ndim)]
+        if any(own.shape[axis - 1] != tokens.shape[axis - 1] for axis in places.axes):
+            return
+        flat = places.spatial(other.expand(tokens.shape)[None])[0]
+        table = flat.unflatten(0, (places.rows, places.columns)).detach().clone()
+        if not any(table.shape == old.shape and table.equal(old) for _, old in self.tables):
+            name = self._name(other) or self.stack[-1][0] or "output"
+            self.tables.append((name, table))
+
+    def _follow_names(self, args: tuple, kwargs: dict, result: Any) -> None:
+        """What is made of a parameter or buffer alone keeps its name."""
+        given = [tensor for _, tensor in tensors((args, kwargs)) if tensor.is_floating_point()]
+        if any(place_of(tensor) is not None for tensor in given):
+            return
+        name = next((found for tensor in given if (found := self._name(tensor))), "")
+        for _, tensor in tensors(result):
+            tensor._vitprobe_name = name  # type: ignore[attr-defined]
+
+    def _name(self, tensor: Tensor) -> str:
+        held = self.names.get(tensor.untyped_storage().data_ptr(), "")
+        return held or getattr(tensor, "_vitprobe_name", "")
+
+    def _bias(self, rows: Tensor, columns: Tensor, bias: Tensor, product: int) -> None:
+        """Places of queries (..., queries) and of keys (..., keys), and what their scores get."""
+        shape = (*rows.shape, columns.shape[-1])
+        own = _without_repetition(bias)
+        if own.ndim < 2 or own.shape[-2:] != shape[-2:]:
+            return
+        window = _window(rows.flatten(0, -2), columns.flatten(0, -2))
         if window is None:
-            continue
-        rows, columns = (window, window) if isinstance(window, int) else tuple(window)
-        bias = bias.reshape(-1, *bias.shape[-2:])
-        prefix = bias.shape[-1] - rows * columns
-        if prefix >= 0:
-            found.append((name or "output", by_offset(bias[:, prefix:, prefix:], rows, columns)))
-    return found
+            return
+        leading, order = window
+        tokens = torch.from_numpy(order.ravel())
+        every = bias.expand(shape).flatten(0, -3)
+        inner = every[leading][:, tokens][:, :, tokens]
+        if (inner == inner.flatten()[0]).all() and (every != inner.flatten()[0]).any():
+            return  # a mask, which hides nothing here
+        found = by_offset(inner, *order.shape)
+        if _by_pairs(found, order.shape[1], inner):
+            self.biases.append(_Bias(*self.stack[-1], product, found))
 
 
-@torch.no_grad()
-def _bias(module: nn.Module) -> Tensor | None:
-    if getattr(module, "relative_position_bias_table", 0) is None:
+def _constant(value: Any) -> bool:
+    """Whether a tensor holds numbers that do not depend on the image."""
+    return isinstance(value, Tensor) and place_of(value) is None and value.is_floating_point()
+
+
+def _placed(tensor: Tensor) -> Tensor:
+    return place_of(tensor)  # type: ignore[return-value]
+
+
+def _without_repetition(tensor: Tensor) -> Tensor:
+    """The tensor with axes of length 1 where it is expanded."""
+    for axis in range(tensor.ndim):
+        if tensor.stride(axis) == 0 and tensor.shape[axis]:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
+
+
+def _window(rows: Tensor, columns: Tensor) -> tuple[Tensor, np.ndarray] | None:
+    """A set of tokens that attend to one another and lie side by side.
+
+    Args:
+        rows: (windows and heads, queries) places.
+        columns: (windows and heads, keys).
+
+    Returns:
+        Which of the first axis are its heads, and (rows, columns) of its tokens.
+    """
+    if rows.shape != columns.shape:
         return None
-    if hasattr(module, "cpb_mlp"):
-        return _swin_v2_bias(module)
-    if hasattr(module, "attention_bias_idxs"):  # LeViT and its kin
-        levit: Any = module
-        return levit.attention_biases[:, levit.attention_bias_idxs.long()]
-    for method in BIASES:
-        if callable(getattr(module, method, None)):
-            return getattr(module, method)()
-    return None
+    best: tuple[int, np.ndarray] | None = None
+    seen: dict[bytes, list[int]] = {}
+    for i, (query, key) in enumerate(zip(rows.numpy().round(2) + 0.0, columns.numpy().round(2))):
+        seen.setdefault(query.tobytes() + (key + 0.0).tobytes(), []).append(i)
+    for leading in seen.values():
+        query, key = rows[leading[0]].numpy(), columns[leading[0]].numpy()
+        order = order_of(query) if np.allclose(query, key, equal_nan=True) else None
+        if order is None or (np.diff(order.ravel()) < 0).any():
+            continue
+        # Windows that a shift has put together from opposite borders have a gap.
+        down, along = query[order[:, 0]].imag, query[order[0]].real
+        even = all(np.allclose(np.diff(line), line[1:2] - line[:1]) for line in (down, along))
+        if even and (best is None or order.size > best[1].size):
+            best = leading[0], order
+    if best is None:
+        return None
+    leading = next(group for group in seen.values() if group[0] == best[0])
+    return torch.tensor(leading), best[1]
 
 
-def _swin_v2_bias(module: Any) -> Tensor:
-    """Swin v2 makes its bias from offsets, and squeezes it to (0, 16)."""
-    rows, columns = module.window_size
-    table = module.cpb_mlp(module.relative_coords_table).flatten(0, 2)
-    pairs = table[module.relative_position_index.flatten()]
-    return 16 * pairs.sigmoid().unflatten(0, (rows * columns, -1)).permute(2, 0, 1)
+def _by_pairs(found: np.ndarray, columns: int, bias: Tensor) -> bool:
+    """Whether a bias is what its values by offset say, for every pair."""
+    index = np.arange(bias.shape[-1])
+    rows = len(index) // columns
+    y, x = index // columns, index % columns
+    again = found[:, y[None] - y[:, None] + rows - 1, x[None] - x[:, None] + columns - 1]
+    given = bias.detach().double().cpu().numpy()
+    return float(abs(again - given).max()) <= _TOLERANCE * max(float(np.ptp(given)), 1e-12)
