@@ -141,8 +141,29 @@ def timm_transform(module: nn.Module, image_size: int | None) -> tuple[Any, Any,
     if image_size is not None:
         size = (size[0], image_size, image_size)
     config = resolve_model_data_config(module, args={"input_size": size})
-    transform = create_transform(**config, is_training=False)
+    if size[0] not in (1, 3):
+        # Which channels those are, no transform can know.
+        return None, size, ""
+    if size[0] == 1:
+        config |= {key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")}
+    transform: Any = create_transform(**config, is_training=False)
+    if size[0] == 1:
+        transform = Grey(transform)
     return transform, size, json.dumps(config, sort_keys=True, default=str)
+
+
+class Grey:
+    """A transform for a network of one channel, which sees images as their luminance.
+
+    Args:
+        transform: of a PIL image of one channel.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Any:
+        return self.transform(image.convert("L"))
 
 
 def file_overlay(timm_name: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

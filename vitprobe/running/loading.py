@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing.queues
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from vitprobe.errors import VitprobeError
 from vitprobe.images.decoding import GoneError
 from vitprobe.images.sources import Images
 from vitprobe.models.loading import Model
+from vitprobe.tracing.failures import describe
+
+# Where the processors of Hugging Face leave an image.
+PIXELS = "pixel_values"
 
 
 @dataclass(frozen=True)
@@ -21,11 +35,16 @@ class Failure:
 
     Attributes:
         reason: in one line.
-        gone: it was there when the run began; nothing is known about the picture itself.
+        gone: it was there when the run began; nothing is known about the image itself.
+        stops: a line to end the run with: not the image is wrong, what it goes through is.
     """
 
     reason: str
     gone: bool = False
+    stops: str = ""
+
+
+Loaded = tuple[list[Tensor], np.ndarray, list[tuple[int, Failure]]]
 
 
 class TransformedImages(Dataset):
@@ -40,7 +59,10 @@ class TransformedImages(Dataset):
         ]
         groups = list(dict.fromkeys(keys))
         self.group_of_model = [groups.index(key) for key in keys]
-        self.transforms = [models[keys.index(group)].transform for group in groups]
+        firsts = [models[keys.index(group)] for group in groups]
+        self.transforms = [model.transform for model in firsts]
+        # Whose the transform of a group is, for messages.
+        self.owners = [model.name for model in firsts]
 
     def __getitem__(self, position: int) -> list[Tensor] | Failure:
         try:
@@ -48,18 +70,204 @@ class TransformedImages(Dataset):
         except GoneError as error:
             return Failure(str(error), gone=True)
         except Exception as error:
-            # Decoders of damaged pictures raise anything; it is told, and too many stop the run.
-            return Failure(f"{type(error).__name__}: {error}".splitlines()[0])
+            # Decoders of damaged images raise anything; it is told, and too many stop the run.
+            return Failure(describe(error))
         if isinstance(image, Tensor):
             return [image]
-        return [transform(image) for transform in self.transforms if transform is not None]
+        found = []
+        for transform, owner in zip(self.transforms, self.owners):
+            assert transform is not None  # the session has seen to it
+            name = self.images.name(position)
+            try:
+                given = transform(image)
+            except Exception as error:
+                return _stop(f"The transform of {owner} raised {describe(error)} at {name}.")
+            try:
+                found.append(as_input(given))
+            except ValueError as error:
+                return _stop(f"The transform of {owner} gave {error} for {name}: a tensor "
+                             f"(C, H, W) is expected.")  # fmt: skip
+        return found
 
     def __getitems__(self, positions: list[int]) -> list[tuple[int, list[Tensor] | Failure]]:
         return [(position, self[position]) for position in positions]
 
+    def stacked(self, good: Sequence[tuple[int, list[Tensor]]]) -> list[Tensor]:
+        """One batch for each group of models.
 
-def collate(items: list[tuple[int, list[Tensor] | Failure]]) -> Any:
+        Raises:
+            VitprobeError: images of different sizes.
+        """
+        for group, column in enumerate(zip(*(item for _, item in good))):
+            first = column[0].shape
+            other = next((i for i, one in enumerate(column) if one.shape != first), None)
+            if other is not None:
+                raise self.differ(group, good[0][0], first, good[other][0], column[other].shape)
+        return [torch.stack(column) for column in zip(*(item for _, item in good))]
+
+    def differ(
+        self, group: int, one: int, size: torch.Size, other: int, other_size: torch.Size
+    ) -> VitprobeError:
+        """What to say of two images of different sizes, by their positions."""
+        who = f"The transform of {self.owners[group]} gives images"
+        if self.images.are_tensors:
+            who = f"The images of {self.images.source} are"
+        return VitprobeError(
+            f"{who} of different sizes: {tuple(size)} for {self.images.name(one)}, "
+            f"{tuple(other_size)} for {self.images.name(other)}. All must be of one size (resize "
+            f"and crop)."
+        )
+
+
+def _stop(line: str) -> Failure:
+    return Failure(line, stops=line)
+
+
+def as_input(given: Any) -> Tensor:
+    """The tensor (C, H, W) in what a transform gives: a tensor or array, or a dict with one.
+
+    Raises:
+        ValueError: there is none; the message names what there is.
+    """
+    if isinstance(given, Mapping):
+        if PIXELS not in given:
+            raise ValueError(f"a dict with {', '.join(map(str, given))}, without {PIXELS!r}")
+        given = given[PIXELS]
+    # A processor gives a batch of the one image.
+    if isinstance(given, list | tuple) and len(given) == 1:
+        given = given[0]
+    if isinstance(given, np.ndarray) and given.dtype != object:
+        given = torch.from_numpy(np.ascontiguousarray(given))
+    if not isinstance(given, Tensor):
+        kind = "a PIL image" if isinstance(given, Image.Image) else f"a {type(given).__name__}"
+        raise ValueError(kind)
+    if given.ndim == 4 and len(given) == 1:
+        given = given[0]
+    if given.ndim != 3:
+        raise ValueError(f"a tensor of {tuple(given.shape)}")
+    if given.shape[-1] in (1, 3) and given.shape[0] not in (1, 3):
+        raise ValueError(f"a tensor of {tuple(given.shape)}, its channels last,")
+    return given
+
+
+def batches(
+    dataset: TransformedImages, positions: Sequence[Sequence[int]], workers: int, pin: bool
+) -> Iterator[Loaded]:
+    """For each batch its images, a tensor for each group of models; where they are; failures.
+
+    Args:
+        dataset: the images.
+        positions: of each batch.
+        workers: processes that decode; none where the images cannot be sent to them.
+        pin: into memory that a card reads fast.
+
+    Raises:
+        VitprobeError: a transform that fails, or gives images of different sizes.
+    """
+    if workers and (reason := _cannot_be_sent(dataset)):
+        print(f"vitprobe: images are decoded in this process: {reason}", file=sys.stderr)
+        workers = 0
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[list(one) for one in positions],
+        collate_fn=partial(_collate, dataset),
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_be_quiet,
+    )
+    sizes: dict[int, tuple[int, torch.Size]] = {}
+    loaded = iter(loader)
+    for number in range(len(positions)):
+        try:
+            columns, places, failures = next(loaded)
+        except RuntimeError as error:
+            if number == 0 and "DataLoader worker" in str(error) and _anew():
+                raise VitprobeError(_NEVER_BEGAN) from error
+            raise
+        for _, failure in failures:
+            if failure.stops:
+                raise VitprobeError(failure.stops)
+        for group, column in enumerate(columns):
+            position, size = sizes.setdefault(group, (int(places[0]), column.shape[1:]))
+            if column.shape[1:] != size:
+                raise dataset.differ(group, position, size, int(places[0]), column.shape[1:])
+        yield columns, places, failures
+
+
+def _collate(dataset: TransformedImages, items: list[tuple[int, list[Tensor] | Failure]]) -> Loaded:
     good = [(position, item) for position, item in items if not isinstance(item, Failure)]
     failures = [(position, item) for position, item in items if isinstance(item, Failure)]
-    columns = [torch.stack(column) for column in zip(*(item for _, item in good))]
-    return columns, np.array([position for position, _ in good], dtype=np.int64), failures
+    places = np.array([position for position, _ in good], dtype=np.int64)
+    try:
+        return dataset.stacked(good), places, failures
+    except VitprobeError as error:
+        # An exception would come out of a process with its traceback for a message.
+        return [], places, [*failures, (good[0][0], _stop(str(error)))]
+
+
+_NEVER_BEGAN = (
+    "A process that decodes images ended before its first batch. Where processes are started anew "
+    "(Windows, macOS, Python 3.14), a script needs if __name__ == '__main__': around what it runs; "
+    "workers=0 (--workers 0) does without processes."
+)
+
+
+def _anew() -> bool:
+    """Whether processes start anew here, and what they need is sent to them."""
+    return multiprocessing.get_start_method() != "fork"
+
+
+def _cannot_be_sent(dataset: TransformedImages) -> str:
+    """Why processes that start anew cannot have the images and transforms; empty if they can."""
+    if not _anew():
+        return ""
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    by_name = getattr(main, "__spec__", None) is not None
+    if file is not None and not by_name and not Path(file).is_file():
+        return "processes that start anew cannot read the script again, which has no file."
+    pickler = _Trial(_Nowhere(), protocol=5, buffer_callback=lambda buffer: False)
+    try:
+        pickler.dump(dataset)
+    except Exception as error:
+        return f"a transform cannot be sent to others ({describe(error)})."
+    if pickler.of_main and file is None and not by_name:
+        return f"{pickler.of_main} is defined in a session that others cannot read."
+    return ""
+
+
+class _Nowhere:
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+class _Trial(pickle.Pickler):
+    """Tells whether something can be sent, and what of it the main script defines."""
+
+    of_main = ""
+
+    def reducer_override(self, given: Any) -> Any:
+        if getattr(given, "__module__", "") == "__main__" and hasattr(given, "__qualname__"):
+            self.of_main = given.__qualname__
+        return NotImplemented
+
+
+def _be_quiet(worker: int) -> None:
+    """Leave it to the main process to tell why a run ends; it ends its workers, too."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def told(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError | KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = told
+    # The thread that sends images on prints what stops it.
+    queue: Any = multiprocessing.queues.Queue
+    usual = queue._on_queue_feeder_error
+
+    def on_error(error: Exception, thing: Any) -> None:
+        if not isinstance(error, ConnectionError | EOFError):
+            usual(error, thing)
+
+    queue._on_queue_feeder_error = staticmethod(on_error)

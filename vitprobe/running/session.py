@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vitprobe.errors import VitprobeError
 from vitprobe.images.sources import Images, open_images
@@ -27,7 +26,7 @@ from vitprobe.results.provenance import models_meta, versions
 from vitprobe.running import memory, processes
 from vitprobe.running.devices import exact, prepared, resolve_device
 from vitprobe.running.layout import channels_last
-from vitprobe.running.loading import Failure, TransformedImages, collate
+from vitprobe.running.loading import Failure, TransformedImages, batches
 from vitprobe.running.options import Options
 from vitprobe.running.precision import input_type
 from vitprobe.statistics.hsic import gram
@@ -104,20 +103,22 @@ class Session:
         """The first ``count`` readable images, for each model."""
         if count == 2 and self._example:
             return self._example
-        found = []
+        found: list[tuple[int, list[Tensor]]] = []
         for position in range(len(self.images)):
             item = self._dataset[position]
             if isinstance(item, Failure):
+                if item.stops:
+                    raise VitprobeError(item.stops)
                 reason = item.reason
             else:
-                found.append(item)
+                found.append((position, item))
             if len(found) == count:
                 break
         if not found:
             raise VitprobeError(f"No image of {self.images.source} can be read: {reason}")
         while len(found) < count:
             found.append(found[-1])
-        return self._to_models([torch.stack(column) for column in zip(*found)])
+        return self._to_models(self._dataset.stacked(found))
 
     def keep_example(self) -> None:
         """From here on the example stays as it is, in its layout."""
@@ -199,14 +200,13 @@ class Session:
     def load(self, todo: list[int]) -> Iterator[tuple[Batch, list[tuple[int, Failure]]]]:
         """These batches in turn, and the images of each that could not be read."""
         workers = self.workers(len(todo))
-        loader = DataLoader(
+        loaded = batches(
             self._dataset,
-            batch_sampler=[self.batches[b].tolist() for b in todo],
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
+            [self.batches[b].tolist() for b in todo],
+            workers,
+            pin=self.device.type == "cuda",
         )
-        for index, (columns, positions, failures) in zip(todo, loader):
+        for index, (columns, positions, failures) in zip(todo, loaded):
             yield Batch(index, self._to_models(columns), positions), failures
 
     def workers(self, batches: int) -> int:
