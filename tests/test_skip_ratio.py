@@ -15,6 +15,7 @@ from vitprobe import skip_ratio
 from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import wrap
 from vitprobe.results.result import load_result
+from vitprobe.statistics.norms import norms
 
 
 class Scaled(nn.Module):
@@ -266,3 +267,15 @@ def test_command(tmp_path, capsys):
     assert skip_ratio.main([*arguments, "--out", str(tmp_path), "--stem", "s", "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "s.png" in out and "s.npz" in out and "the class token's ratio" in out
+
+
+@pytest.mark.parametrize("scale", [2.0**-90, 2.0**-70, 1.0, 2.0**70])
+def test_no_scale_costs_digits(scale):
+    generator = torch.Generator().manual_seed(0)
+    skip, branch = torch.randn(2, 3, 5, 8, generator=generator)
+    branch[0, 0] = 0
+    found = skip_ratio.norms_and_product(scale * skip, scale * branch, -1)
+    expected = skip_ratio.norms_and_product(skip.double(), branch.double(), -1)
+    for part, other, power in zip(found, expected, (1, 1, 2)):
+        torch.testing.assert_close(part.double() / scale**power, other, rtol=1e-5, atol=1e-6)
+    assert norms(scale * skip).double() == pytest.approx(scale * expected[0], rel=1e-6)

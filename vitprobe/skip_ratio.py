@@ -35,18 +35,17 @@ from vitprobe.running.measurement import Measurement, Watch, check_finite, measu
 from vitprobe.running.options import Options
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
+from vitprobe.statistics.norms import PIECE, exact, held
 from vitprobe.tracing.layers import Layer, LayerMap
 from vitprobe.tracing.places import Places, find_places
 from vitprobe.tracing.trace import Addition, AdditionHooks
 
 ATTENTION, MLP, CONVOLUTION = "attention", "MLP", "convolution"
-# Values of one operand that are multiplied at a time.
-PIECE = 2**20
 _LINES = {ATTENTION: "-", MLP: "--", CONVOLUTION: "-"}
 
 
 def norms_and_product(skip: Tensor, branch: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """‖z‖, ‖f(z)‖ and z·f(z) along the channel axis, at least in float32; images first."""
+    """‖z‖, ‖f(z)‖ and z·f(z) along the channel axis, images first; float64 where float32 fails."""
     if skip.dtype != torch.float64:
         skip, branch = skip.float(), branch.float()
     found: list[list[Tensor]] = [[], [], []]
@@ -58,6 +57,8 @@ def norms_and_product(skip: Tensor, branch: Tensor, axis: int) -> tuple[Tensor, 
         for part, (one, other) in zip(found, ((z, z), (f, f), (z, f))):
             part.append(torch.linalg.vecdot(one, other, dim=axis))
     of_skip, of_branch, product = (torch.cat(part) for part in found)
+    if not (held(of_skip, skip, axis) and held(of_branch, branch, axis)):
+        return norms_and_product(exact(skip), exact(branch), axis)
     return of_skip.sqrt(), of_branch.sqrt(), product
 
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitprobe.statistics.norms import SMALLEST_SQUARE, exact
+
 MIN_BATCH = 4
 MAX_GROUPS = 32
 # The share of a piece's squares that its mean may hold before it is subtracted first. A Gram then
@@ -27,9 +29,6 @@ MAX_GROUPS = 32
 MEAN_ALLOWED = 0.95
 # How many roundings a feature may be off by without varying.
 ROUNDINGS = 8
-# Mean squares from here on keep their digits in float32, and so do those of values a thousandth of
-# theirs: its smallest number of full digits is 1e-38.
-SMALLEST_SQUARE = 1e-30
 
 
 def gram(features: Tensor) -> Tensor:
@@ -85,23 +84,23 @@ def careful_gram(rows: Tensor) -> Tensor:
     A feature varies where it deviates from its batch mean by more than rounding explains: a few
     roundings of that mean, or of the means of other features if these are seen to be rounded.
     """
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    rounding = ROUNDINGS * torch.finfo(wide).eps
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    rounding = ROUNDINGS * torch.finfo(dtype).eps
     home = torch.device("cpu") if rows.device.type == "mps" else rows.device
     grams = torch.zeros(*rows.shape[:-1], rows.shape[-2], dtype=torch.float64, device=home)
     size = max(1, 2**24 // rows.shape[:-1].numel())
     spreads, levels = [], []
     for piece in rows.split(size, -1):
         # Equal values do not vary, however their mean is rounded.
-        top = piece.amax(-2).to(home).double()
-        moving = top != piece.amin(-2).to(home).double()
+        top = exact(piece.amax(-2))
+        moving = top != exact(piece.amin(-2))
         if not moving.any():
             spreads.append(top - top)
             levels.append(top.abs())
             continue
-        exact = piece.to(home).double()
-        mean = exact.mean(-2)
-        spread = (exact - mean[..., None, :]).square().mean(-2).sqrt()
+        wide = exact(piece)
+        mean = wide.mean(-2)
+        spread = (wide - mean[..., None, :]).square().mean(-2).sqrt()
         spreads.append(spread.where(moving | spread.isnan(), 0))
         levels.append(mean.abs())
     spread, level = torch.cat(spreads, -1), torch.cat(levels, -1)
@@ -111,10 +110,10 @@ def careful_gram(rows: Tensor) -> Tensor:
     alive = spread > rounding * torch.maximum(level, noise.sqrt())
     for piece, kept in zip(rows.split(size, -1), alive.split(size, -1)):
         if kept.any():
-            exact = piece.to(home).double()
-            exact = (exact - exact.mean(-2, keepdim=True)).masked_fill(~kept[..., None, :], 0)
+            wide = exact(piece)
+            wide = (wide - wide.mean(-2, keepdim=True)).masked_fill(~kept[..., None, :], 0)
             with torch.autocast(home.type, enabled=False):
-                grams += exact @ exact.mT
+                grams += wide @ wide.mT
     return grams.masked_fill(~spread.isfinite().all(-1)[..., None, None], torch.nan)
 
 

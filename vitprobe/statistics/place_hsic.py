@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vitprobe.statistics.hsic import ROUNDINGS, SMALLEST_SQUARE, careful_gram, u_centre
+from vitprobe.statistics.hsic import ROUNDINGS, careful_gram, u_centre
+from vitprobe.statistics.norms import SMALLEST_SQUARE
 
 # Grams of one block of places stay below this; a block is all of them unless batches are large.
 BLOCK_BYTES = 2**27
