@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from PIL import Image
 
 from vitprobe import VitprobeError, cka, cli, load_result, patch_embedding, report, skip_ratio
 from vitprobe.catalogue import measurements
-from vitprobe.report import command
+from vitprobe.report import command, grid
 from vitprobe.report import panels as report_panels
 from vitprobe.report.page import page
 from vitprobe.results import drawing
+from vitprobe.results.result import FAILS, HOLDS, OPEN, Finding
 from vitprobe.results.tables import long_table
 
 STEM = "report-test_vit-random-test_resnet-random"
@@ -76,19 +78,22 @@ def quick(images, out, *more):
 def test_every_measurement_is_on_the_page_with_its_numbers_beside(made):
     out, status, told = made
     assert status == 0
-    written = told.splitlines()
-    assert written[0] == str(out / f"{STEM}.html")
-    results = [load_result(line) for line in written if line.endswith(".npz")]
-    assert [result.analysis for result in results] == list(measurements())
+    page_path, tally, took = told.splitlines()
+    assert page_path == str(out / f"{STEM}.html") and took.startswith("Took ")
     text = text_of(out)
+    written = dict.fromkeys(re.findall(r'href="([^"#]*\.npz)"', text))
+    results = [load_result(out / name) for name in written]
+    assert [result.analysis for result in results] == list(measurements())
+    verdicts = Counter(one.verdict for result in results for one in result.findings())
+    assert tally.startswith(f"Of {verdicts.total()} claims, {verdicts['holds']} hold")
     for path in re.findall(r'href="([^"#]*\.npz)"', text):
         assert (out / path).is_file()
     assert len(re.findall(r"<figure>", text)) == len(measurements())
     for result in results:
         for finding in result.findings():
-            assert str(finding) in told
             for part in (finding.claim, finding.numbers):
                 assert html.escape(part, quote=False) in text.replace("&#39;", "'")
+    assert text.count("<details ") == verdicts.total()
 
 
 def test_what_a_model_cannot_have_is_one_line_and_no_error(made):
@@ -113,8 +118,10 @@ def test_the_page_needs_nothing_from_elsewhere(made):
 
 def test_the_page_can_be_read_without_seeing_it(made):
     text = text_of(made[0])
-    assert all(alt for alt in re.findall(r'<img alt="([^"]*)"', text))
-    assert text.count("<img ") == text.count("<img alt=")
+    figures, small = re.findall(r'<img alt="([^"]*)" width', text), text.count('<img alt="" src')
+    # What the small ones show stands beside them, in the same link.
+    assert all(figures) and text.count("<img ") == len(figures) + small
+    assert len(re.findall(r'<a href="#[^"]+"><img alt="" src="[^"]+">[^<]+</a>', text)) == small
     levels = [int(level) for level in re.findall(r"<h(\d)", text)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(later - level <= 1 for level, later in itertools.pairwise(levels))
@@ -211,11 +218,11 @@ def test_images_without_labels_have_no_probes(pictures, tmp_path):
 def test_what_users_write_is_text_and_never_markup(images, tmp_path):
     name = "</script><img src=x onerror=alert(1)>"
     model = {"name": name, "timm_name": name, "weights": name, "weights_sha256": "0",
-             "input_size": None}  # fmt: skip
+             "input_size": None, "transform": name}  # fmt: skip
     text = page([], [("cka", name)], [model], f"run {name}")
     assert name not in text and text.count("</script>") == 2
-    # The title twice, the reason, three cells about the model, the command.
-    assert text.count("&lt;img src=x") == 7
+    # The title twice, the reason, four lines of the model's card, its digest, the command.
+    assert text.count("&lt;img src=x") == 9
 
 
 @pytest.mark.parametrize("origin", ["upper", "lower"])
@@ -251,6 +258,41 @@ def test_a_result_shows_itself_in_a_notebook(made):
     assert html.escape(result.findings()[0].numbers) in shown
 
 
+def test_the_grid_has_a_row_a_claim_and_a_column_a_model_or_pair():
+    def finding(claim, source, verdict, brief=""):
+        return Finding(claim, source, verdict, "1 ± 0", brief)
+
+    names = ["vit", "vit_b", "cnn"]
+    claims = [
+        grid.claim(one, names, "a")
+        for one in (
+            finding("heads of vit_b are local", "B 2021, Fig. 11", HOLDS, "heads are local"),
+            finding("vit_b is above cnn", "B 2021, Fig. 9, there in colour", FAILS),
+            finding("vit is above cnn", "B 2021, Fig. 9, there in colour", OPEN),
+            finding("heads of vit are local", "B 2021, Fig. 11", FAILS, "heads are local"),
+            finding("blocks of vit are wide", "B 2021, Fig. 11", HOLDS),
+            finding("cnn grows", "A 2020, Fig. 1", HOLDS),
+        )
+    ]
+    columns = grid.columns(claims, names)
+    assert columns == [("vit",), ("vit_b",), ("cnn",), ("vit_b", "cnn"), ("vit", "cnn")]
+    (first, rows), (second, (last,)) = grid.rows(claims, names)
+    assert (first, second) == ("B 2021", "A 2020")
+    shown = [(row.figure, row.span, row.brief, [[c.sign for c in cell] for cell in row.cells])
+             for row in (*rows, last)]  # fmt: skip
+    assert shown == [
+        ("Fig. 9", 1, "… is above …", [[], [], [], ["✗"], ["?"]]),
+        ("Fig. 11", 2, "heads are local", [["✗"], ["✓"], [], [], []]),
+        ("Fig. 11", 0, "blocks of … are wide", [["✓"], [], [], [], []]),
+        ("Fig. 1", 1, "… grows", [[], [], ["✓"], [], []]),
+    ]
+
+
+def test_the_tally_counts_verdicts():
+    findings = [Finding("", "", verdict, "") for verdict in (HOLDS, HOLDS, FAILS, OPEN)]
+    assert grid.tally(findings) == "Of 4 claims, 2 hold, 1 does not, and 1 is inconclusive."
+
+
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -274,6 +316,12 @@ maps[2].dispatchEvent(new PointerEvent("pointermove",
 said.pointer = told.textContent;
 reach(document.querySelector("[id^=sheet-skip_ratio] .map"));
 said.ratio = document.querySelector("[id^=value-skip_ratio]").textContent;
+const cell = document.querySelector(".grid details");
+said.closed = cell.querySelector(".told").checkVisibility();
+cell.querySelector("summary").click();
+said.cell = cell.querySelector(".told").checkVisibility() && cell.querySelector(".told").innerText;
+const small = document.querySelector(".thumbs a");
+said.figure = document.querySelector(small.getAttribute("href")).tagName;
 const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
 document.body.innerHTML = "";
 document.body.textContent = "@@" + JSON.stringify({ errors, said, wide, maps: maps.length }) + "@@";
@@ -296,6 +344,10 @@ def test_in_a_browser_cells_tell_their_values(made, tmp_path, width):
     assert found["errors"] == [] and not found["wide"] and found["maps"] == 3
     result = load_result(made[0] / f"{STEM}-cka.npz")
     vit, cnn = result.models
+    first, said = result.findings()[0], found["said"]
+    assert not said["closed"] and said["figure"] == "H2"
+    assert said["cell"].startswith(f"{first.verdict}: {first.claim}.")
+    assert first.numbers.split("; ")[0] in said["cell"]
     told = {
         "focus": (result.of(vit)[0, 0], "blocks.0 × blocks.0", vit),
         "keys": (result.of(vit)[2, 1], "blocks.2 × blocks.1", vit),

@@ -15,6 +15,7 @@ import argparse
 import glob
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -25,8 +26,10 @@ from vitprobe.catalogue import measurements
 from vitprobe.errors import VitprobeError
 from vitprobe.images.sources import open_images
 from vitprobe.models.loading import Model, bundled_models, load_models
+from vitprobe.report.grid import tally
 from vitprobe.report.page import Section, page
 from vitprobe.results.drawing import render
+from vitprobe.results.printing import duration
 from vitprobe.results.provenance import command_line
 from vitprobe.results.result import Result, load_result
 from vitprobe.results.writing import write_atomically
@@ -154,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"measure these alone: {', '.join(known)}",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    args.began = time.monotonic()
 
     def body() -> None:
         args.models = args.models or [m for m in DEFAULT_MODELS if m in bundled_models()]
@@ -164,11 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.leave()
         if processes.is_main_process():
             path = report.write()
-            for written in (path, *(args.out / section.file for section in report.sections)):
-                print(written)
-            for section in report.sections:
-                for finding in section.result.findings():
-                    print(finding)
+            findings = [one for section in report.sections for one in section.result.findings()]
+            if args.json:
+                files = [path, *(args.out / section.file for section in report.sections)]
+                cli.conclude(args, files, findings)
+            else:
+                print(path)
+                print(tally(findings))
+                print(f"Took {duration(time.monotonic() - args.began)}.")
         if report.found.failed:
             name, why = next(iter(report.found.failed.items()))
             raise VitprobeError(

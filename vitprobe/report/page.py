@@ -5,21 +5,21 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
+from vitprobe.report import grid
 from vitprobe.report.panels import find_panels
-from vitprobe.results.drawing import DPI, provenance_line
-from vitprobe.results.result import FAILS, HOLDS, OPEN, Result, Text
+from vitprobe.results.drawing import DPI
+from vitprobe.results.result import Result, Text
 
-# Verdicts are told by a sign and words, not by colour alone.
-SIGNS = {HOLDS: ("✓", "holds"), FAILS: ("✗", "fails"), OPEN: ("?", "open")}
-# A picture larger than this is brought down to 256 colours, which a heat map hardly shows.
-MAX_PNG = 700_000
+# An image larger than this is brought down to 256 colours, which a heat map hardly shows.
+MAX_PNG = 300_000
+# Width of the small images that lead to the figures; twice what is shown, for sharp screens.
+THUMB_WIDTH = 320
 # On a phone figures scroll sideways rather than shrink below this share of their size.
 LEAST_SCALE = 0.55
 
@@ -60,8 +60,8 @@ def page(sections: Sequence[Section], missing: Sequence[tuple[str, str]], models
     import jinja2
 
     shown = [_shown(section, i) for i, section in enumerate(sections)]
-    rows = [row for section, one in zip(sections, shown) for row in _rows(section, one)]
     names = [model["name"] for model in models]
+    claims = [claim for one in shown for claim in one["claims"]]
     data = {
         one["anchor"]: {
             "panels": one["panels"],
@@ -76,10 +76,10 @@ def page(sections: Sequence[Section], missing: Sequence[tuple[str, str]], models
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return template.from_string(source).render(
         title=f"Inside {_listed(names)}",
-        summary=f"{len(sections)} figures by vitprobe: what the papers measured, on these models.",
         sections=shown,
-        rows=rows,
-        tally=_tally(rows),
+        columns=grid.columns(claims, names),
+        papers=grid.rows(claims, names),
+        tally=grid.tally([claim.finding for claim in claims]),
         missing=[{"what": what, "why": why} for what, why in missing],
         models=models,
         runs=[_run(section, one) for section, one in zip(sections, shown)],
@@ -95,10 +95,12 @@ def _shown(section: Section, number: int) -> dict[str, Any]:
     result, text = section.result, section.text
     width, height = (round(inches * DPI) for inches in section.figure.get_size_inches())
     title = text.title
+    anchor = f"{result.analysis}-{number}"
     if result.analysis == "head_subsets":
         title += f": {' × '.join(result.models)}"
     return {
-        "anchor": f"{result.analysis}-{number}",
+        "anchor": anchor,
+        "claims": [grid.claim(one, result.models, anchor) for one in result.findings()],
         "title": title,
         "short": result.analysis.replace("_", " "),
         "text": text,
@@ -109,38 +111,18 @@ def _shown(section: Section, number: int) -> dict[str, Any]:
         "min_width": round(width / 1.5 * LEAST_SCALE),
         "alt": f"{title}, for {_listed(result.models)}. {text.shows}",
         "png": base64.b64encode(_bounded(section.png)).decode(),
+        "thumb": base64.b64encode(_thumb(section.png)).decode(),
         "panels": find_panels(section.figure) if text.value else [],
-        "caption": provenance_line(result.meta),
+        "caption": _caption(result.meta),
         "href": quote(section.file),
         "file": section.file,
     }
 
 
-def _rows(section: Section, shown: dict[str, Any]) -> list[dict[str, str]]:
-    rows = []
-    for finding in section.result.findings():
-        sign, kind = SIGNS[finding.verdict]
-        rows.append(
-            {
-                "sign": sign,
-                "kind": kind,
-                "verdict": finding.verdict,
-                "claim": finding.claim,
-                "numbers": finding.numbers,
-                "source": finding.source,
-                "anchor": shown["anchor"],
-                "short": shown["short"],
-            }
-        )
-    return rows
-
-
-def _tally(rows: Sequence[dict[str, str]]) -> str:
-    count = Counter(row["kind"] for row in rows)
-    return (
-        f"Of {len(rows)} claims, {count['holds']} hold, {count['fails']} do not, and "
-        f"{count['open']} are inconclusive."
-    )
+def _caption(meta: dict[str, Any]) -> str:
+    """What a figure is of; the models have cards."""
+    images = meta.get("images")
+    return f"{meta['n']:,} images of {images['source']}." if images else "From the weights alone."
 
 
 def _run(section: Section, shown: dict[str, Any]) -> dict[str, Any]:
@@ -169,15 +151,30 @@ def _versions(sections: Sequence[Section]) -> str:
 
 
 def _bounded(png: bytes) -> bytes:
-    """The same picture, in fewer colours where it is large."""
-    if len(png) <= MAX_PNG:
-        return png
+    """The same image, in fewer colours where it is large."""
+    return png if len(png) <= MAX_PNG else min(png, _few_colours(_opened(png)), key=len)
+
+
+def _thumb(png: bytes) -> bytes:
+    """The image, small."""
+    image = _opened(png)
+    return _few_colours(
+        image.resize((THUMB_WIDTH, round(THUMB_WIDTH * image.height / image.width)))
+    )
+
+
+def _opened(png: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _few_colours(image: Any) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
-    return min(png, buffer.getvalue(), key=len)
+    image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _listed(names: Sequence[str]) -> str:
