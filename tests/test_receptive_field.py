@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vitprobe import receptive_field
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.images.sources import open_images
 from vitprobe.models.loading import wrap
 from vitprobe.results.result import load_result
+from vitprobe.running import memory
+from vitprobe.statistics.fields import channels_of_images
 from vitprobe.tracing.centre_gradients import rows_of_jacobian
 from vitprobe.tracing.layers import map_layers
 from vitprobe.tracing.theoretical_field import theoretical_fields
@@ -156,18 +162,17 @@ def test_without_attention_a_vit_sees_one_patch_at_every_depth():
 
 def test_pre_residual_is_the_branch_alone():
     net, x = vit(), torch.randn(2, 3, 64, 64)
-    result = receptive_field.measure(net, x, channels=4, layers=["blocks.1"], pre_residual=True)
+    result = receptive_field.measure(net, x, channels="all", layers=["blocks.1"], pre_residual=True)
     assert result.layers.tolist() == [
         "blocks.1 branch 1", "blocks.1 sum 1", "blocks.1 branch 2", "blocks.1 sum 2",
     ]  # fmt: skip
     block = net.blocks[1]
     start = net.blocks[0](net._pos_embed(net.patch_embed(x.requires_grad_())))
     branch = block.attn(block.norm1(start))
-    drawn = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:4]
     expected = torch.zeros(64, 64)
-    for channel in drawn:
+    for channel in range(64):
         (row,) = torch.autograd.grad(branch[:, 1 + 10, channel].sum(), x, retain_graph=True)
-        expected += row.abs().mean((0, 1)) / 4
+        expected += row.abs().mean((0, 1)) / 64
     np.testing.assert_allclose(result.gradient[0], expected, rtol=1e-3, atol=1e-9)
     assert np.isfinite(result.trends[0, 4])
     assert any("attention alone" in finding.claim for finding in result.findings())
@@ -191,7 +196,7 @@ def test_areas_and_centre_cells_by_hand():
 def test_a_subset_of_channels_estimates_the_mean_and_tells_its_error():
     net, x = vit(), torch.randn(6, 3, 64, 64)
     whole = receptive_field.measure(net, x, layers=["blocks.2"], channels="all")
-    part = receptive_field.measure(net, x, layers=["blocks.2"], channels=24)
+    part = receptive_field.measure(net, x, layers=["blocks.2"], channels=2)
     distance = abs(part.centre - whole.centre) / np.hypot(part.centre_se, whole.centre_se)
     assert 0 < whole.centre_se[0] < part.centre_se[0] and distance < 3
     assert receptive_field.measure(net, x[:1], layers=["blocks.2"]).area90_se.shape == (1,)
@@ -234,6 +239,135 @@ def test_models_of_several_sizes_and_round_trip(tmp_path):
     np.testing.assert_array_equal(drawn.get_array(), field / field.max())
     areas = again.plot(figure.add_subplot())
     np.testing.assert_array_equal(areas.lines[0].get_ydata(), result.area50[:6])
+
+
+def test_channels_are_spread_over_images_and_each_is_as_likely():
+    draw = partial(channels_of_images, groups=4)
+    generator = torch.Generator().manual_seed(0)
+    # One for each image: all different where there are enough, each equally often where not.
+    assert draw(40, 32, 1, generator=generator).unique().numel() == 32
+    assert (draw(8, 32, 1, generator=generator).flatten().bincount() == 4).all()
+    assert draw(60, 16, 3, generator=generator).unique().numel() == 48
+    # Those of a group of images leave no half of the channels out.
+    for group in range(4):
+        mine = draw(60, 16, 1, generator=generator)[group::4, 0].sort().values
+        assert torch.cat([mine.diff(), mine[:1] + 60 - mine[-1:]]).max() <= 30
+    # In every image every channel is as likely.
+    drawn = torch.stack([draw(5, 3, 1, generator=generator)[:, 0] for _ in range(3000)])
+    shares = torch.stack([column.bincount(minlength=5) / 3000 for column in drawn.T])
+    torch.testing.assert_close(shares, torch.full((3, 5), 0.2), atol=0.03, rtol=0)
+
+
+def test_each_image_is_differentiated_in_its_own_channel():
+    net, x = small_net(), torch.randn(5, 3, 12, 12, dtype=torch.float64)
+    result = receptive_field.measure(net, x, layers=["2"], channels=2, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    drawn = channels_of_images(6, 5, 2, receptive_field.GROUPS, generator)
+    order = open_images(x, None, 3).order
+    expected = torch.zeros(12, 12, dtype=torch.float64)
+    for position, image in enumerate(order):
+        jacobian = torch.autograd.functional.jacobian(lambda x: net(x)[0, :, 3, 3], x[image][None])
+        expected += jacobian[drawn[position], 0].abs().mean((0, 1)) / 5
+    np.testing.assert_allclose(result.gradient[0], expected, rtol=1e-5, atol=1e-9)
+
+
+class Frozen(nn.Module):
+    """A backbone without gradients, in one of several ways, and a head."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1), nn.ReLU())
+            for i in range(3)
+        )
+
+    def forward(self, x):
+        if self.way == "no_grad":
+            with torch.no_grad():
+                x = self.blocks[0](x)
+        elif self.way == "inference_mode":
+            with torch.inference_mode():
+                x = self.blocks[0](x)
+            x = x.clone()
+        else:
+            x = self.blocks[0](x)
+        if self.way == "detach":
+            x = x.detach()
+        if self.way == "own leaf":
+            x = x.detach().requires_grad_()
+        if self.way == "rewritten":
+            y = x.exp()
+            x = y.add_(1)
+        return self.blocks[2](self.blocks[1](x))
+
+
+@pytest.mark.parametrize(
+    "way, reason",
+    [
+        ("no_grad", r"layer blocks\.0 of Frozen .* it runs under torch\.no_grad\(\)"),
+        ("inference_mode", r"layer blocks\.0 of Frozen .* under torch\.inference_mode\(\)"),
+        ("rewritten", r"Frozen cannot be differentiated: .* modified by an inplace operation"),
+    ],
+)
+def test_why_no_gradient_can_flow(way, reason):
+    x = torch.randn(4, 3, 8, 8)
+    with pytest.raises(NotApplicable, match=reason):
+        receptive_field.measure(Frozen(way), x, layers=["blocks.0", "blocks.2"])
+
+
+@pytest.mark.parametrize("way", ["detach", "own leaf"])
+def test_layers_without_a_gradient_are_left_out_and_named(way, capsys):
+    net, x = Frozen(way), torch.randn(4, 3, 8, 8)
+    result = receptive_field.measure(net, x, layers="blocks", channels="all")
+    plain = receptive_field.measure(net.blocks[0], x, layers=["1"], channels="all")
+    assert result.layers.tolist() == ["blocks.0"]
+    np.testing.assert_allclose(result.gradient[0], plain.gradient[0], rtol=1e-5, atol=1e-9)
+    assert "layer blocks.1 of Frozen to the image: something before it is detached" in (
+        capsys.readouterr().err
+    )
+    assert "No gradient in Frozen: 2 layers, the first blocks.1" in result._caption()
+    with pytest.raises(NotApplicable, match=r"layer blocks\.2 of Frozen"):
+        receptive_field.measure(net, x, layers=["blocks.2"])
+
+
+class Recomputed(nn.Module):
+    """Blocks that are computed again for their gradients."""
+
+    def __init__(self, recompute):
+        super().__init__()
+        torch.manual_seed(0)
+        self.recompute = recompute
+        self.blocks = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=True) if self.recompute else block(x)
+        return x
+
+
+def test_recomputed_blocks_have_the_plain_gradients():
+    x = torch.randn(3, 3, 8, 8)
+    fields = [
+        receptive_field.measure(Recomputed(again), x, layers=["blocks.*"], channels="all").gradient
+        for again in (False, True)
+    ]
+    assert fields[0].any()
+    np.testing.assert_array_equal(*fields)
+
+
+def test_pieces_of_a_batch_as_memory_allows_give_the_same(monkeypatch):
+    net, x = vit(), torch.randn(5, 3, 64, 64)
+    whole = receptive_field.measure(net, x)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    pieces = []
+    forward = type(net).forward
+    monkeypatch.setattr(
+        type(net), "forward", lambda self, x: (pieces.append(len(x)), forward(self, x))[1]
+    )
+    again = receptive_field.measure(net, x)
+    assert pieces[-5:] == [1] * 5
+    np.testing.assert_allclose(whole.gradient, again.gradient, rtol=1e-4, atol=1e-9)
 
 
 def test_errors():

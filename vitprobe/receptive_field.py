@@ -1,4 +1,4 @@
-"""The effective receptive field: how far the centre of every layer looks into the picture.
+"""The effective receptive field: how far the centre of every layer looks into the image.
 
 Raghu et al. 2021 (arXiv 2108.08810), Figure 6 and C.1 to C.4; Luo et al. 2016.
 
@@ -6,19 +6,23 @@ The quantity: |∂ (a channel of a layer's centre location) / ∂ (input pixel)|
 per unit of the model's normalised input; its mean over channels, images and RGB. The centre is
 index size // 2 of the grid; class tokens and registers have no place and are left out.
 
-Choices made: a random subset of channels, drawn by the seed, estimates the mean over all of them
-(``channels="all"`` for every one). ``signed`` is another quantity, |mean over channels of ∂|, in
-which channels cancel. ``pre_residual`` gives what every residual branch adds, alone, beside the sum
-it goes into. Areas are the smallest fraction of the picture's pixels, wherever they lie, that holds
-a share of the mass. Standard errors are jackknifed over images and over the channels drawn.
+Choices made: the mean over images and channels is one expectation, so both are sampled at once:
+every image has a channel of its own in every layer, drawn by the seed and stratified over the
+channels (``channels=N`` draws N for each image, ``channels="all"`` takes every one). ``signed`` is
+another quantity, |mean over channels of ∂|, in which channels cancel. ``pre_residual`` gives what
+every residual branch adds, alone, beside the sum it goes into. Areas are the smallest fraction of
+the image's pixels, wherever they lie, that holds a share of the mass. Sampled areas are too small
+by what the noise of a mean over few images and channels does to a sorted field: the jackknife's
+estimate of that is taken off (``meta["bias"]``). Standard errors are jackknifed over images with
+their channels. A field that reaches the border of the image is cut off by it: its area is then a
+share of the image, not a width.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar
 
@@ -26,48 +30,29 @@ import numpy as np
 import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
-from torch.nn import functional as F
+from tqdm import tqdm
 
 from vitprobe import cli
-from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.errors import VitprobeError
 from vitprobe.images.sources import open_images
+from vitprobe.models.loading import Model
+from vitprobe.papers import receptive_fields
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, Text, combine, decide, plus_minus
-from vitprobe.running.loop import run
-from vitprobe.running.session import Batch, Options, Session, Sums, session
-from vitprobe.statistics.hsic import jackknife
+from vitprobe.results.result import Finding, Result, Text, plain
+from vitprobe.running import processes
+from vitprobe.running.centre_plans import failed, no_gradient, plan_of
+from vitprobe.running.measurement import Measurement, Watch, measure_one
+from vitprobe.running.options import Options
+from vitprobe.running.session import Batch, Session
+from vitprobe.statistics.fields import SHARES, reaches_border, summarise
+from vitprobe.statistics.fields import area as area
+from vitprobe.statistics.fields import centre_cell as centre_cell
 from vitprobe.tracing.centre_gradients import Site, centres, frozen, rows_of_jacobian
-from vitprobe.tracing.layers import map_layers
-from vitprobe.tracing.places import Places, find_places
-from vitprobe.tracing.theoretical_field import theoretical_fields
 
-CHANNELS, NUM_IMAGES, BATCH_SIZE = 32, 32, 8
-GROUPS = 8
-SHARES = (0.5, 0.9)
+CHANNELS, NUM_IMAGES, BATCH_SIZE = 1, 64, 8
+# Into so many groups images are dealt out for standard errors; each holds every field once.
+GROUPS = 16
 MAX_PANELS = 8
-# Where the paper says "gradually" and "global", a number has to be chosen: these are ours.
-GROWTH, GLOBAL_AREA = 0.1, 0.5
-
-
-def area(gradient: Tensor, share: float) -> Tensor:
-    """Smallest fraction of the pixels (..., H, W) that holds a share of the mass; NaN for none."""
-    mass = gradient.flatten(-2).sort(-1, descending=True).values.cumsum(-1)
-    needed = (mass < share * mass[..., -1:]).sum(-1) + 1
-    fraction = needed.double() / mass.shape[-1]
-    return fraction.where(mass[..., -1] > 0, torch.nan)
-
-
-def centre_cell(gradient: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The centre cell of a grid over the picture (H, W), as a fraction of the whole mass.
-
-    Returns:
-        its mass, and how much more that is than the mass of the largest other cell.
-    """
-    cells = F.adaptive_avg_pool2d(gradient[None], grid)[0].flatten()
-    cells = cells / cells.sum()
-    middle = grid[0] // 2 * grid[1] + grid[1] // 2
-    others = torch.cat([cells[:middle], cells[middle + 1 :], cells.new_zeros(1)])
-    return cells[middle], cells[middle] - others.max()
 
 
 @dataclass(frozen=True)
@@ -115,8 +100,9 @@ class ReceptiveFieldResult(Result):
         "The mean absolute gradient of each layer's centre with respect to the input pixels; Raghu "
         "et al., Figures 6 and C.1 to C.4.",
         "From left to right through the layers; linear above, logarithmic below, each panel over "
-        "its maximum. The lines give the share of the picture that holds 50 % and 90 % of the "
-        "gradient: a line that starts high sees far from the first layer on.",
+        "its maximum. The lines give the share of the image that holds 50 % and 90 % of the "
+        "gradient: a line that starts high sees far from the first layer on. Hollow marks: the "
+        "field reaches the border of the image, which cuts it off.",
         "gradient, share of the panel's maximum (its log₁₀ in logarithmic rows)",
     )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -212,6 +198,7 @@ class ReceptiveFieldResult(Result):
         Branches have lines of their own, dashed.
         """
         names = [name.removesuffix(" (random)") for name in self.models]
+        reaching = self.reaching()
         for model, name in enumerate(self.models):
             rows = self.rows_of(model)
             depth = (np.arange(len(rows)) + 1) / len(rows)
@@ -228,8 +215,13 @@ class ReceptiveFieldResult(Result):
                 )
                 ax.plot(
                     depth, mean, color=colour, marker="o" if share == SHARES[0] else "^",
-                    markersize=3.5, linewidth=1.2, linestyle=dashes,
+                    markersize=3.5, markerfacecolor="white", linewidth=1.2, linestyle=dashes,
                     label=f"{name}{what}, {share:.0%}",
+                )  # fmt: skip
+                inside = np.where(reaching[rows], np.nan, mean)
+                ax.plot(
+                    depth, inside, color=colour, marker="o" if share == SHARES[0] else "^",
+                    markersize=3.5, linestyle="none",
                 )  # fmt: skip
                 ax.fill_between(depth, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
         ax.set(xlabel="depth (fraction of the layers)", ylim=(0, None))
@@ -245,57 +237,194 @@ class ReceptiveFieldResult(Result):
         if meta["signed"]:
             text += " Signed: |mean over channels of ∂centre/∂input|, channels cancel."
         else:
+            count = meta["channels"]
             text += " Mean |∂centre/∂input| over images, RGB and "
-            text += "all channels." if meta["channels"] == "all" else (
-                f"{meta['channels']} random channels a layer."
-            )  # fmt: skip
+            text += "all channels." if count == "all" else "channels drawn at random, "
+            if count != "all":
+                # Files of older versions have the same channels in every image.
+                own = "bias" in meta
+                text += f"{count} a layer{' and image' if own else ''}."
         text += " Each panel divided by its maximum; box: theoretical field."
+        if self.reaching().any():
+            text += (
+                " Hollow marks: the field reaches the border of the image, so the area is a share "
+                "of the image, not how far a unit could see."
+            )
+        for name, layers in meta.get("without_gradient", {}).items():
+            text += f" No gradient in {name}: {len(layers)} layers, the first {layers[0]}."
         return text + " Bands: one standard error, over images and channels."
+
+    def reaching(self) -> np.ndarray:
+        """(layers,) whether the area with 90 % of the gradient is cut off by the border."""
+        fields = (self.field(layer) for layer in range(len(self.layers)))
+        return np.array([reaches_border(torch.from_numpy(f), SHARES[1]) for f in fields])
 
     def findings(self) -> list[Finding]:
         """Raghu et al.'s claims of Figure 6 and C for every ViT, CNN and pair of them."""
-        source, attends = "Raghu et al. 2021, Fig. 6", self.meta["attends"]
-        trend = np.stack([self.trends, self.trends_se], axis=2).tolist()
-        text = "area with 90 % of the gradient"
-        found = []
-        decided = partial(decide, replicates=self.meta.get("replicates"))
-        for model, name in enumerate(self.models):
-            low, middle, high, peak, less = trend[model]
-            if not attends[model]:
-                growth = high[0] - low[0], float(np.hypot(high[1], low[1]))
-                claim, verdict = f"the field of {name} grows gradually", decided(*growth, GROWTH)
-                numbers = (
-                    f"{text}: lowest third {plus_minus(*low)}, half depth {plus_minus(*middle)}, "
-                    f"highest third {plus_minus(*high)} (more than {GROWTH} growth asked)"
-                )
-            else:
-                claim = f"{name} is global by half depth, and its centre patch dominates"
-                verdict = combine([decided(middle[0], middle[1], GLOBAL_AREA), decided(*peak)])
-                numbers = (
-                    f"{text} at half depth {plus_minus(*middle)} ({GLOBAL_AREA} asked); share of "
-                    f"the centre patch minus the largest other's {plus_minus(*peak)}"
-                )
-            found.append(Finding(claim, source, verdict, numbers))
-            if np.isfinite(less[0]):
-                claim = f"attention alone is less centred on its own place than the sum in {name}"
-                numbers = f"share of the centre cell, sum minus attention: {plus_minus(*less)}"
-                found.append(Finding(claim, f"{source}, C.4", decided(*less), numbers))
-        for a, b in product(np.flatnonzero(attends), np.flatnonzero(~np.array(attends))):
-            (vit, vit_se), (cnn, cnn_se) = trend[a][0], trend[b][0]
-            found.append(
-                Finding(
-                    f"low layers of {self.models[a]} look farther than those of {self.models[b]}",
-                    source,
-                    decided(vit - cnn, float(np.hypot(vit_se, cnn_se))),
-                    f"{text}, lowest third: {plus_minus(vit, vit_se)} and "
-                    f"{plus_minus(cnn, cnn_se)}",
-                )
-            )
-        return found
+        reaching, cut = self.reaching(), []
+        for model in range(len(self.models)):
+            mine = reaching[self.rows_of(model)]
+            third = max(1, len(mine) // 3)
+            cut.append((mine[:third].any(), mine[-third:].any()))
+        return receptive_fields.findings(
+            self.models, self.meta["attends"], self.trends, self.trends_se, np.array(cut),
+            self.meta.get("replicates"),
+        )  # fmt: skip
 
 
 GROUP = "tokens"
 RESULT = ReceptiveFieldResult
+
+
+@dataclass(frozen=True)
+class ReceptiveField(Measurement):
+    """Options of ``measure``."""
+
+    layers: str | Sequence[str] = "blocks"
+    channels: int | str = CHANNELS
+    signed: bool = False
+    pre_residual: bool = False
+
+    analysis: ClassVar[str] = "receptive_field"
+    gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        channels = self.channels
+        if channels != "all" and (not isinstance(channels, int) or channels < 1):
+            raise VitprobeError(f"--channels must be all or a number above 0, not {channels!r}.")
+
+    def on(
+        self, models: list[Model], images: Any, options: Options, shared: bool
+    ) -> tuple[Measurement, Any, Options]:
+        count = options.num_images
+        if count is None or shared:
+            there = NUM_IMAGES if images is None else len(open_images(images))
+            count = min(NUM_IMAGES, there, count or there)
+        if shared:
+            # A graph of gradients takes smaller batches than plain passes.
+            options = replace(options, batch_size=min(BATCH_SIZE, options.batch_size))
+        return self, images, replace(options, num_images=count)
+
+    def prepare(self, ready: Session) -> Watch:
+        return _Watch(ready, self)
+
+
+class _Watch(Watch):
+    """Fields of all chosen layers of all models, summed by groups of images."""
+
+    def __init__(self, ready: Session, asked: ReceptiveField) -> None:
+        self.asked, self.modules = asked, [model.module for model in ready.models]
+        with frozen(self.modules):
+            self.plans = [
+                plan_of(
+                    ready, m, asked.layers, asked.channels, asked.signed, asked.pre_residual, GROUPS
+                )
+                for m in range(len(self.modules))
+            ]
+        labels = [site.label for plan in self.plans for site in plan.sites]
+        # The last column counts how many gradients are summed.
+        shapes = [(GROUPS, len(plan.sites), plan.side[0] * plan.side[1] + 1) for plan in self.plans]
+        super().__init__(
+            ready,
+            ready.sums(**{f"images_{m}": shape for m, shape in enumerate(shapes)}),
+            {"layers": labels, "channels": asked.channels, "signed": asked.signed},
+        )
+
+    def end(self, batch: Batch) -> None:
+        count = sum(len(plan.sites) * -(-len(batch) // plan.at_once) for plan in self.plans)
+        silent = self.ready.options.quiet or not sys.stderr.isatty()
+        silent = silent or not processes.is_main_process()
+        progress = tqdm(total=count, unit="layer", disable=silent, leave=False, position=1)
+        with frozen(self.modules), progress:
+            for m, plan in enumerate(self.plans):
+                for start in range(0, len(batch), plan.at_once):
+                    piece = slice(start, start + plan.at_once)
+                    for _ in self._add(m, batch.inputs[m][piece], batch.positions[piece]):
+                        progress.update()
+
+    def _add(self, m: int, pixels: Tensor, positions: np.ndarray) -> Iterator[None]:
+        """|Gradients| of some images into the sums, layer by layer; yields after each."""
+        plan, table = self.plans[m], self.sums[f"images_{m}"]
+        model, inputs = self.ready.models[m], pixels.detach().requires_grad_()
+        # Side by side is faster where launches cost more than arithmetic; on CPU it is slower.
+        on_card = self.ready.device.type == "cuda"
+        together = max(1, plan.at_once // len(positions)) if on_card else 1
+        group = torch.from_numpy(positions % GROUPS).to(table.device)
+        found = centres(model.module, plan.sites, inputs, self.ready.autocast)
+        for i, (site, centre) in enumerate(zip(plan.sites, found)):
+            if centre.cut:
+                raise no_gradient(model.name, site.label, centre.cut)
+            total: Any = 0
+            cotangents = self._cotangents(site, plan.drawn[i], positions)
+            try:
+                for row in rows_of_jacobian(centre.value, inputs, cotangents, together):
+                    # The mean over RGB.
+                    total = total + row.abs().mean(1).flatten(1)
+            except RuntimeError as error:
+                raise failed(model.name, error) from error
+            if not torch.isfinite(total).all():
+                raise VitprobeError(
+                    f"The gradient of layer {site.label} of {model.name} is not finite; it is the "
+                    f"first such layer."
+                )
+            table[:, i, :-1].index_add_(0, group, total.to(table.device).double())
+            counts = torch.full((len(positions),), float(len(cotangents))).to(table)
+            table[:, i, -1].index_add_(0, group, counts)
+            yield
+
+    def _cotangents(self, site: Site, drawn: Tensor | None, positions: np.ndarray) -> Tensor:
+        """(k, channels) or (k, n, channels): what is differentiated."""
+        if self.asked.signed:
+            return torch.full((1, site.channels), 1 / site.channels)
+        everything = torch.eye(site.channels)
+        return everything if drawn is None else everything[drawn[positions].T]
+
+    def result(self, meta: dict[str, Any]) -> ReceptiveFieldResult:
+        asked, plans, tables = self.asked, self.plans, list(self.sums.values())
+        names = [model.name for model in self.ready.models]
+        meta |= {
+            "channels": asked.channels,
+            "signed": asked.signed,
+            "pre_residual": asked.pre_residual,
+            "replicates": int((tables[0][:, 0, -1] > 0).sum()),
+            "sides": [plan.side for plan in plans],
+            "attends": [plan.attends for plan in plans],
+            "without_gradient": {n: plan.cut for n, plan in zip(names, plans) if plan.cut},
+        }
+        found = [
+            summarise(
+                table, plan.side, [(site.places.rows, site.places.columns) for site in plan.sites],
+                [i for i, site in enumerate(plan.sites) if site.branch and site.layer.addition
+                 and site.layer.addition.attends],
+                correct=any(one is not None for one in plan.drawn),
+            )
+            for plan, table in zip(plans, tables)
+        ]  # fmt: skip
+        meta["bias"] = {
+            name: [plain(one) for part in found for one in part.bias[i]]
+            for i, name in enumerate(("area50", "area90"))
+        }
+        most = np.max([plan.side for plan in plans], axis=0)
+
+        def padded(field: np.ndarray) -> np.ndarray:
+            ends = [(0, int(one)) for one in most - field.shape[1:]]
+            return np.pad(field, [(0, 0), *ends], constant_values=np.nan)
+
+        arrays = [np.concatenate([padded(part.field[end]) for part in found]) for end in (0, 1)]
+        arrays += [
+            np.concatenate([part.scalars[end][i] for part in found])
+            for i in range(3) for end in (0, 1)
+        ]  # fmt: skip
+        arrays.append(
+            np.array([box or [np.nan] * 4 for plan in plans for box in plan.boxes], dtype=float)
+        )
+        arrays += [np.stack([part.trends[end] for part in found]) for end in (0, 1)]
+        arrays.append(np.array([site.label for plan in plans for site in plan.sites]))
+        arrays.append(np.repeat(np.arange(len(plans)), [len(plan.sites) for plan in plans]))
+        return ReceptiveFieldResult(meta, *arrays)
+
+
+MEASUREMENT = ReceptiveField
 
 
 def measure(
@@ -317,194 +446,24 @@ def measure(
             show trained beside untrained.
         images: see ``open_images``; the bundled digit scenes by default.
         layers: ``blocks``, ``paper``, ``all``, or names with wildcards. Those without places on the
-            image (pooled vectors, mixtures of all tokens) are left out.
-        channels: how many random channels of a layer, or ``all``.
+            image (pooled vectors, mixtures of all tokens), and those that no gradient leads from
+            to the image, are left out; of the latter a line tells.
+        channels: how many channels of a layer are drawn for each image, or ``all``.
         signed: |mean over channels of ∂|, another quantity: channels cancel.
         pre_residual: instead of the layers, the residual additions of their modules: what the
             branch adds, and the sum.
-        num_images: how many images; 32 by default, or as many as there are.
-        batch_size: images a batch. The graph of one batch is in memory, and gradients of at most
-            so many images are computed side by side.
-        options: further fields of ``running.session.Options``.
+        num_images: how many images; 64 by default, or as many as there are.
+        batch_size: images a batch. The graph of one batch is in memory, or of as much of it as
+            fits into half of what is free.
+        options: further fields of ``running.Options``.
 
     Raises:
-        VitprobeError: unknown models, images or layers; no layer with places; gradients that are
-            not finite.
+        VitprobeError: unknown models, images or layers; no layer with places; no layer with a
+            gradient; gradients that are not finite.
     """
-    if channels != "all" and (not isinstance(channels, int) or channels < 1):
-        raise VitprobeError(f"--channels: expected all or a number above 0, not {channels!r}.")
-    if num_images is None:
-        there = NUM_IMAGES if images is None else len(open_images(images))
-        num_images = min(NUM_IMAGES, there)
-    settings = Options(num_images=num_images, batch_size=batch_size, **options)
-    # Backward passes take as long channels last.
-    with session(models, images, settings, lay_out=False) as ready:
-        with frozen([model.module for model in ready.models]):
-            plans = []
-            for m, example in enumerate(ready.example()):
-                plans.append(_plan(ready, m, example, layers, channels, signed, pre_residual))
-            sums = ready.sums(**{
-                f"{table}_{m}": (GROUPS, len(plan.sites), plan.side[0] * plan.side[1] + 1)
-                for m, plan in enumerate(plans) for table in ("channels", "images")
-            })  # fmt: skip
-
-            def step(batch: Batch) -> None:
-                for m, plan in enumerate(plans):
-                    _step(ready, batch, m, plan, sums)
-
-            labels = [site.label for plan in plans for site in plan.sites]
-            facts = {"layers": labels, "channels": channels, "signed": signed}
-            run(ready, step, sums, decides={"analysis": "receptive_field", **facts}, gradients=True)
-        meta = ready.meta("receptive_field")
-    meta |= {"channels": channels, "signed": signed, "pre_residual": pre_residual}
-    meta["replicates"] = min(GROUPS, meta["n"])
-    meta |= {"sides": [plan.side for plan in plans], "attends": [plan.attends for plan in plans]}
-    rows, columns = np.max([plan.side for plan in plans], axis=0)
-    parts: list[list[np.ndarray]] = [[] for _ in range(8)]
-    trends = []
-    for m, plan in enumerate(plans):
-        field, scalars, trend = _summarise(plan, sums[f"channels_{m}"], sums[f"images_{m}"])
-        padding = [(0, 0), (0, rows - plan.side[0]), (0, columns - plan.side[1])]
-        padded = [np.pad(one, padding, constant_values=np.nan) for one in field]
-        for part, one in zip(parts, (*padded, *scalars)):
-            part.append(one)
-        trends.append(trend)
-    boxes = [box or [np.nan] * 4 for plan in plans for box in plan.boxes]
-    owner = np.repeat(np.arange(len(plans)), [len(plan.sites) for plan in plans])
-    arrays = [np.concatenate(part) for part in parts]
-    arrays += [np.array(boxes, dtype=float), *np.stack(trends, axis=1), np.array(labels), owner]
-    return ReceptiveFieldResult(meta, *arrays)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The sites of a model and the directions in their channels that are differentiated."""
-
-    sites: list[Site]
-    cotangents: list[Tensor]  # (k, channels) each
-    left_out: list[float]  # fraction of the channels that were not drawn
-    boxes: list[tuple[int, int, int, int] | None]
-    side: tuple[int, int]
-    attends: bool
-
-
-def _plan(
-    ready: Session,
-    m: int,
-    example: Tensor,
-    layers: str | Sequence[str],
-    channels: int | str,
-    signed: bool,
-    pre_residual: bool,
-) -> _Plan:
-    model, side = ready.models[m], (example.shape[-2], example.shape[-1])
-    with ready.autocast():
-        found = map_layers(model.name, model.module, example)
-        chosen = found.choose(layers)
-        if pre_residual:
-            owners = {layer.module for layer in chosen}
-            chosen = [la for la in found.layers if la.addition and la.module in owners]
-        sites = []
-        for layer, places in zip(chosen, find_places(model.module, chosen, example)):
-            if not isinstance(places, Places):
-                continue
-            if pre_residual:
-                label = layer.label.replace(" sum", " branch")
-                sites.append(Site(label, layer, places, branch=True))
-            sites.append(Site(layer.label, layer, places))
-        if not sites:
-            raise NotApplicable(
-                f"--layers: none of these layers of {model.name} has a centre.", model.name
-            )
-        # A branch stands before the sum that it goes into, and sees no farther.
-        whole = [site for site in sites if not site.branch]
-        at = [site.centre for site in whole]
-        boxes = theoretical_fields(model.module, [s.layer for s in whole], at, example[:1])
-        boxes = [box for box in boxes for _ in range(2 if pre_residual else 1)]
-    cotangents, left_out = [], []
-    for site in sites:
-        count = site.channels
-        if signed:
-            cotangents.append(torch.full((1, count), 1 / count))
-            left_out.append(0.0)
-            continue
-        # The branch and the sum of an addition are compared on the same channels.
-        generator = torch.Generator().manual_seed(ready.options.seed)
-        drawn = torch.randperm(count, generator=generator)
-        drawn = drawn if channels == "all" else drawn[: int(channels)]
-        cotangents.append(torch.eye(count)[drawn])
-        left_out.append(1 - len(drawn) / count)
-    return _Plan(sites, cotangents, left_out, boxes, side, found.has_attention)
-
-
-def _step(ready: Session, batch: Batch, m: int, plan: _Plan, sums: Sums) -> None:
-    """Add |gradients| of a batch to the tables by channel and by image; the last column counts."""
-    model, inputs = ready.models[m], batch.inputs[m].detach().requires_grad_()
-    by_channel, by_image = sums[f"channels_{m}"], sums[f"images_{m}"]
-    # Side by side is faster where launches cost more than arithmetic; on CPU it is slower.
-    together = ready.options.batch_size // len(batch) if ready.device.type == "cuda" else 1
-
-    def forward() -> None:
-        with ready.autocast():
-            model.module(inputs)
-
-    group = torch.from_numpy(batch.positions % GROUPS).to(by_image.device)
-    for i, centre in enumerate(centres(model.module, plan.sites, forward)):
-        cotangents = plan.cotangents[i]
-        total: Any = 0
-        for k, row in enumerate(rows_of_jacobian(centre, inputs, cotangents, max(1, together))):
-            # (n, pixels), the mean over RGB.
-            size = row.abs().mean(1).flatten(1)
-            total = total + size
-            by_channel[k % GROUPS, i, :-1] += size.sum(0).to(by_channel.device).double()
-            by_channel[k % GROUPS, i, -1] += len(batch)
-        sizes = total.to(by_image.device).double()
-        if not torch.isfinite(sizes).all():
-            raise VitprobeError(
-                f"The gradient of layer {plan.sites[i].label} of {model.name} is not finite; it "
-                f"is the first such layer."
-            )
-        by_image[:, i, :-1].index_add_(0, group, sizes)
-        counts = torch.full((len(batch),), float(len(cotangents))).to(by_image)
-        by_image[:, i, -1].index_add_(0, group, counts)
-
-
-def _summarise(plan: _Plan, by_channel: Tensor, by_image: Tensor) -> tuple[Any, Any, Any]:
-    """(field, error), (area50, error, ...), (trends, error) of a model."""
-    count, third = len(plan.sites), max(1, len(plan.sites) // 3)
-    middle = max(0, (count + 1) // 2 - 1)
-    attention = [
-        i for i, site in enumerate(plan.sites)
-        if site.branch and site.layer.addition and site.layer.addition.attends
-    ]  # fmt: skip
-
-    def statistic(table: Tensor) -> Tensor:
-        field = (table[:, :-1] / table[:, -1:]).unflatten(1, plan.side)
-        scalars = [area(field, share) for share in SHARES]
-        cells = [
-            centre_cell(one, (site.places.rows, site.places.columns))
-            for one, site in zip(field, plan.sites)
-        ]
-        scalars.append(torch.stack([share for share, _ in cells]))
-        wide, centre = scalars[1:]
-        # A branch is followed by the sum that it goes into.
-        less = [centre[i + 1] - centre[i] for i in attention] or [centre.new_tensor(torch.nan)]
-        trends = [wide[:third].mean(), wide[middle], wide[-third:].mean(), cells[middle][1],
-                  torch.stack(less).mean()]  # fmt: skip
-        return torch.cat([field.flatten(), *scalars, torch.stack(trends)])
-
-    value, among_images = jackknife(statistic, by_image, (by_image[..., -1] > 0).any(1))
-    _, among_channels = jackknife(statistic, by_channel, (by_channel[..., -1] > 0).any(1))
-    # Drawn without replacement: nothing is uncertain once all channels are there.
-    rest, pixels = np.sqrt(plan.left_out), plan.side[0] * plan.side[1]
-    share = np.concatenate([rest.repeat(pixels), rest, rest, rest, np.full(5, rest.max())])
-    among_channels = np.where(share > 0, share * among_channels, 0)
-    error = np.hypot(among_images, among_channels)
-    ends = np.cumsum([count * pixels, count, count, count])
-    parts = [np.split(one, ends) for one in (value, error)]
-    field = [part[0].reshape(count, *plan.side).astype(np.float32) for part in parts]
-    scalars = [part[i] for i in (1, 2, 3) for part in parts]
-    return field, scalars, [part[4] for part in parts]
+    asked = ReceptiveField(layers, channels, signed, pre_residual)
+    given = Options(num_images=num_images, batch_size=batch_size, **options)
+    return measure_one(asked, models, images, given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -512,7 +471,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser("receptive_field", __doc__)
     add = parser.add_argument
     add("--channels", type=lambda text: text if text == "all" else int(text), default=CHANNELS,
-        metavar="N", help="random channels a layer, or all (%(default)s)")  # fmt: skip
+        metavar="N", help="channels of a layer drawn for each image, or all (%(default)s)",
+    )  # fmt: skip
     add("--signed", action="store_true", help="|mean over channels|, in which channels cancel")
     add("--pre-residual", action="store_true", help="what residual branches add, beside the sums")
     parser.set_defaults(batch_size=BATCH_SIZE)

@@ -73,7 +73,7 @@ class Measurement:
     Attributes:
         analysis: its name, that of its module.
         at_least: images that it needs in a batch.
-        gradients: its passes need autograd, so it shares them with no other measurement.
+        gradients: it makes passes of its own, with autograd, in place of the shared ones.
         first: how many images it looks at of those that others look at too; all by default.
     """
 
@@ -377,7 +377,7 @@ def _run(ready: Session, parts: list[_Part]) -> None:
         active = [(part, batch.of(part.chosen)) for part in parts if part.wants(batch)]
         for m in range(len(ready.models)):
             mine = [(part, of) for part, of in active if m in part.chosen]
-            if not mine:
+            if not mine or any(part.measurement.gradients for part, _ in mine):
                 continue
             with ExitStack() as stack:
                 for part, of in mine:

@@ -209,15 +209,31 @@ def jackknife(
     Returns:
         value and standard error as arrays; the error is NaN where fewer than two groups are used.
     """
+    value, _, error = jackknife_bias(statistic, groups, used)
+    return value, error
+
+
+def jackknife_bias(
+    statistic: Callable[[Tensor], Tensor], groups: Tensor, used: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A statistic of summed groups, its bias, and its standard error; see ``jackknife``.
+
+    The bias is that of a statistic which is not linear, of the order of one over the number of
+    groups (Quenouille 1956); value minus bias is the corrected value.
+
+    Returns:
+        value, bias and standard error; the latter two NaN where fewer than two groups are used.
+    """
     total = groups.sum(0)
     value = statistic(total).cpu().numpy()
     filled = [g for g in range(len(groups)) if used[g] > 0]
     if len(filled) < 2:
-        return value, np.full_like(value, np.nan)
+        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
     replicates = [statistic(total - groups[g]).cpu().numpy() for g in filled]
     mean = sum(replicates) / len(replicates)
     squares = sum((replicate - mean) ** 2 for replicate in replicates)
-    return value, np.sqrt(squares * (len(filled) - 1) / len(filled))
+    count = len(filled)
+    return value, (count - 1) * (mean - value), np.sqrt(squares * (count - 1) / count)
 
 
 def bootstrap_error(

@@ -1,7 +1,8 @@
 """Gradients of what stands at the centre of layers, with respect to the model's input.
 
-One forward pass gives the centres of all layers on one graph; each channel of each layer is then
-one vector-Jacobian product through the part of the graph below it.
+One forward pass gives the centres of all layers on one graph; each cotangent of each layer is then
+one vector-Jacobian product through the part of the graph below it. A cotangent may name another
+channel for every image of a batch.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import Layer
-from vitprobe.tracing.places import Places
+from vitprobe.tracing.places import Places, find_places
 from vitprobe.tracing.trace import AdditionHooks
+
+NO_GRAD = "it runs under torch.no_grad()"
+INFERENCE = "it runs under torch.inference_mode()"
+DETACHED = "something before it is detached from the image (detach(), no_grad(), numpy, integers)"
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,20 @@ class Site:
         return self.places.at(tensor, *self.centre)
 
 
+def sites_of(
+    module: nn.Module, layers: Sequence[Layer], example: Tensor, branches: bool
+) -> list[Site]:
+    """The layers that have a centre; with ``branches``, what goes into each sum before it."""
+    sites = []
+    for layer, places in zip(layers, find_places(module, layers, example)):
+        if isinstance(places, Places):
+            if branches:
+                label = layer.label.replace(" sum", " branch")
+                sites.append(Site(label, layer, places, branch=True))
+            sites.append(Site(layer.label, layer, places))
+    return sites
+
+
 @contextmanager
 def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Within it no parameter asks for a gradient: only the input's is computed."""
@@ -57,13 +77,66 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def centres(module: nn.Module, sites: Sequence[Site], forward: Callable[[], Any]) -> list[Tensor]:
-    """(n, channels) of every site, attached to the graph that ``forward`` builds."""
-    found: list[Tensor] = [torch.empty(0)] * len(sites)
+class _NotRecomputed:
+    """In place of ``CheckpointFunction``: runs what it is given, once and with its graph."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextmanager
+def _kept_graphs() -> Iterator[None]:
+    """Within it, blocks that are computed again for their gradients keep their graph instead.
+
+    In its older form (``use_reentrant``) activation checkpointing runs blocks without a graph, so
+    that nothing within them has a gradient.
+    """
+    module: Any = torch.utils.checkpoint
+    before = module.CheckpointFunction
+    module.CheckpointFunction = _NotRecomputed
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = before
+
+
+@dataclass(frozen=True)
+class Centre:
+    """What stands at the centre of a site in a pass.
+
+    Attributes:
+        value: (n, channels), attached to the graph of the pass if it has one.
+        cut: why it is not attached, in words that follow the layer's name; None where it is.
+    """
+
+    value: Tensor
+    cut: str | None
+
+
+def centres(
+    module: nn.Module, sites: Sequence[Site], inputs: Tensor, context: Callable[[], Any]
+) -> list[Centre]:
+    """The centre of every site in a pass of ``inputs``, which requires a gradient.
+
+    Args:
+        module: the model.
+        sites: where to look.
+        inputs: (n, C, H, W), a leaf.
+        context: makes a context around the pass.
+    """
+    found: list[Centre] = [Centre(torch.empty(0), None)] * len(sites)
 
     def take(i: int, tensor: Tensor) -> None:
         # A copy of the little that is needed: later in-place operations rewrite the tensor.
-        found[i] = sites[i].at_centre(tensor).clone()
+        value = sites[i].at_centre(tensor).clone()
+        cut = None
+        if not value.requires_grad:
+            if torch.is_inference_mode_enabled():
+                cut = INFERENCE
+            else:
+                cut = DETACHED if torch.is_grad_enabled() else NO_GRAD
+        found[i] = Centre(value, cut)
 
     def take_branch(i: int, skip: Tensor, branch: Tensor) -> None:
         take(i, sites[i].layer.by_image(branch))
@@ -77,8 +150,25 @@ def centres(module: nn.Module, sites: Sequence[Site], forward: Callable[[], Any]
             stack.enter_context(AdditionHooks(module, before=before))
         layers = [sites[i].layer for i in whole]
         stack.enter_context(capture(module, layers, lambda j, tensor: take(whole[j], tensor)))
-        forward()
-    return found
+        stack.enter_context(_kept_graphs())
+        stack.enter_context(context())
+        # A copy, since a leaf must not be changed in place, as some models change their input.
+        module(inputs.clone())
+    return [centre if centre.cut else _reaching(centre, inputs) for centre in found]
+
+
+def _reaching(centre: Centre, inputs: Tensor) -> Centre:
+    """The centre, cut where its graph does not lead back to the inputs."""
+    todo, seen = [centre.value.grad_fn], set()
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is inputs:
+            return centre
+        todo += [following for following, _ in node.next_functions]
+    return Centre(centre.value, DETACHED)
 
 
 def rows_of_jacobian(
@@ -89,14 +179,14 @@ def rows_of_jacobian(
     Args:
         centre: (n, channels).
         inputs: (n, C, H, W) that the centre depends on, image by image.
-        cotangents: (k, channels), the same for every image.
+        cotangents: (k, channels), the same for every image, or (k, n, channels).
         together: how many to send through the graph side by side.
     """
     if not centre.requires_grad:
         yield from (torch.zeros_like(inputs) for _ in cotangents)
         return
     for chunk in cotangents.to(centre).split(together):
-        seeds = chunk[:, None].expand(-1, *centre.shape)
+        seeds = chunk if chunk.ndim == 3 else chunk[:, None].expand(-1, *centre.shape)
         batched = len(chunk) > 1
         (rows,) = torch.autograd.grad(
             centre, inputs, seeds if batched else seeds[0],
