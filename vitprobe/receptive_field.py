@@ -291,7 +291,7 @@ class ReceptiveField(Measurement):
     def __post_init__(self) -> None:
         channels = self.channels
         if channels != "all" and (not isinstance(channels, int) or channels < 1):
-            raise VitprobeError(f"--channels must be all or a number above 0, not {channels!r}.")
+            raise VitprobeError(f"--channels: expected all or a number above 0, not {channels!r}.")
 
     def on(
         self, models: list[Model], images: Any, options: Options, shared: bool
