@@ -78,7 +78,7 @@ def plan_of(
         sites = sites_of(model.module, chosen, example, pre_residual)
     if not sites:
         raise NotApplicable(
-            f"No layer of {model.name} that was asked for has a centre.", model.name
+            f"--layers: none of these layers of {model.name} has a centre.", model.name
         )
     # A branch and the sum that it goes into belong together.
     together = 2 if pre_residual else 1
