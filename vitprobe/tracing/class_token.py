@@ -69,14 +69,21 @@ def class_tokens(
         capture(module, chosen, take),
     ):
         output = module(example[:2].clone())
-    last = list(extra)[-1]
-    candidates = {complex(marks[last][k]) for k in extra[last][1]}
-    mark = _read(output, candidates, watch.alone)
+    bare = {i: [complex(marks[i][k]) for k in without] for i, (_, without) in extra.items()}
+    last = bare[list(extra)[-1]]
+    one, handed_on = _read(output, {mark for some in bare.values() for mark in some})
     found = {}
-    for i, (_, bare) in extra.items():
-        at = [k for k in bare if marks[i][k] == mark]
-        if at:
-            found[i] = at[0]
+    for i, mine in bare.items():
+        picked = [mark for mark in mine if mark in watch.alone]
+        if one is not None and one in mine:
+            mark = one
+        elif len(picked) == 1:
+            mark = picked[0]
+        elif len(last) == 1 and last[0] in handed_on and last[0] in mine:
+            mark = last[0]
+        else:
+            continue
+        found[i] = extra[i][1][mine.index(mark)]
     return found
 
 
@@ -136,17 +143,14 @@ def _marks_of(tensor: Tensor) -> set[complex]:
     return {complex(one) for one in (values[0], *other[:1])}
 
 
-def _read(output: Any, candidates: set[complex], alone: Mapping[complex, None]) -> complex | None:
-    """The mark that the output reads, among the candidates."""
+def _read(output: Any, candidates: set[complex]) -> tuple[complex | None, set[complex]]:
+    """The candidate that a part of the output is made of alone, and those that are handed on."""
     handed_on: set[complex] = set()
     for _, tensor in tensors(output):
         marks = _marks_of(tensor)
         if len(marks) == 1 and marks <= candidates:
-            return marks.pop()
+            return marks.pop(), set()
         place = place_of(tensor)
         if len(marks) > 1 and isinstance(place, Tensor):
             handed_on |= candidates & set(np.unique(compact(place).numpy()).tolist())
-    picked = [mark for mark in alone if mark in candidates]
-    if len(picked) == 1:
-        return picked[0]
-    return next(iter(handed_on)) if len(candidates) == len(handed_on) == 1 else None
+    return None, handed_on

@@ -247,9 +247,9 @@ def _on_axes(place: Tensor, axes: Sequence[int]) -> Places | None:
     count = int(np.prod([place.shape[axis] for axis in features], dtype=int))
     for axis in reversed(features):
         place = middle(place, axis)
-    order = _map_order(place) if len(axes) == 2 else None
-    if order is None:
-        order = order_of(place.flatten().numpy())
+    order = order_of(place.flatten().numpy())
+    if order is None and len(axes) == 2:
+        order = _map_order(place)
     if order is None:
         return None
     # What stands nowhere on a map is its border beyond the image, and no token.
@@ -277,15 +277,21 @@ def _axes_of_vectors(place: Tensor) -> list[int]:
 
 
 def _map_order(place: Tensor) -> np.ndarray | None:
-    """(rows, columns) of a map whose first axis goes down and whose second goes to the right."""
-    across = float((place.imag - place.imag[:, :1]).abs().nan_to_num(0).amax())
-    down = float((place.real - place.real[:1]).abs().nan_to_num(0).amax())
-    if max(across, down) >= TOLERANCE_PX or place.isnan().any():
+    """(rows, columns) of a map whose first axis goes down and whose second goes to the right.
+
+    Rows and columns need not be straight: channels that a padding has shifted against others leave
+    the border half a step off. Nor need they be apart: enlarged maps have neighbours at one place.
+    """
+    if place.isnan().any():
         return None
-    # Enlarged maps have neighbours at one place.
-    forwards = (place.imag[:, 0].diff() > -TOLERANCE_PX).all()
-    if not forwards or not (place.real[0].diff() > -TOLERANCE_PX).all():
-        return None
+    for part in (place.imag, place.real.T):
+        lines = part.median(1).values
+        steps = lines.diff()
+        far = steps[steps > TOLERANCE_PX]
+        allowed = 0.5 * float(far.median()) if len(far) else TOLERANCE_PX
+        away = float((part - lines[:, None]).abs().amax())
+        if away >= max(allowed, TOLERANCE_PX) or (steps < -TOLERANCE_PX).any():
+            return None
     return np.arange(place.numel()).reshape(place.shape)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -287,17 +288,26 @@ def _window(rows: Tensor, columns: Tensor) -> tuple[Tensor, np.ndarray] | None:
     for leading in seen.values():
         query, key = rows[leading[0]].numpy(), columns[leading[0]].numpy()
         order = order_of(query) if np.allclose(query, key, equal_nan=True) else None
-        if order is None or (np.diff(order.ravel()) < 0).any():
+        if order is None:
             continue
-        # Windows that a shift has put together from opposite borders have a gap.
-        down, along = query[order[:, 0]].imag, query[order[0]].real
-        even = all(np.allclose(np.diff(line), line[1:2] - line[:1]) for line in (down, along))
-        if even and (best is None or order.size > best[1].size):
+        # A shift puts windows together from opposite borders: those of one side count.
+        order = order[_even(query[order[:, 0]].imag)][:, _even(query[order[0]].real)]
+        forwards = (np.diff(order.ravel()) > 0).all()
+        if forwards and (best is None or order.size > best[1].size):
             best = leading[0], order
     if best is None:
         return None
     leading = next(group for group in seen.values() if group[0] == best[0])
     return torch.tensor(leading), best[1]
+
+
+def _even(line: np.ndarray) -> slice:
+    """The longest stretch of a rising line that rises by its smallest step."""
+    steps = np.diff(line)
+    breaks = np.flatnonzero(steps > steps.min(initial=np.inf) * 1.01) + 1
+    edges = [0, *breaks.tolist(), len(line)]
+    start, stop = max(pairwise(edges), key=lambda stretch: stretch[1] - stretch[0])
+    return slice(start, stop)
 
 
 def _by_pairs(found: np.ndarray, columns: int, bias: Tensor) -> bool:
