@@ -5,9 +5,11 @@ Dosovitskiy et al. 2021 (arXiv 2010.11929), Figure 7 left.
 The quantity: the first 28 principal components of the filters (rows: filters; columns: their
 weights), and the share of the filters' variance that each explains.
 
-Choices made: filters are centred, as scikit-learn's PCA does; a component's sign is that which
-makes its largest weight positive; in the figure each tile fills [0, 1] by itself. Fewer filters
-than 28 have fewer components: the rest is NaN. Nothing is sampled, so nothing has a standard error.
+Choices made: the filters are the first weights that the image meets, each as it lies on the pixels
+(a linear layer on flattened patches has them as a convolution does). They are centred, as
+scikit-learn's PCA does; a component's sign is that which makes its largest weight positive; in the
+figure each tile fills [0, 1] by itself. Fewer filters than 28 have fewer components: the rest is
+NaN. Nothing is sampled, so nothing has a standard error.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor, nn
 
 from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.models.example import at_an_example
 from vitprobe.models.loading import Model, load_models
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text, decide
 from vitprobe.results.tables import Label
 from vitprobe.running.measurement import WeightsMeasurement
 from vitprobe.running.session import models_meta
+from vitprobe.tracing.stem import stem_filters
 
 COMPONENTS, ROWS, COLUMNS = 28, 4, 7
 # White noise has a smoothness of 0 and a picture nearly 1; "smooth" is ours.
@@ -73,8 +76,8 @@ class PatchEmbeddingResult(Result):
     """Principal components of patch-embedding filters.
 
     Attributes:
-        components: (28, height, width, 3) components as they are, for one model; several models'
-            follow each other, all padded with NaN to the largest filter.
+        components: (28, height, width, channels) components as they are, for one model; those of
+            several follow each other, all padded with NaN to the largest filter.
         explained_variance_ratio: (28,) share of the variance, in the same order.
         model_of_component: (28,) index into ``meta["models"]``.
     """
@@ -104,8 +107,9 @@ class PatchEmbeddingResult(Result):
     def of(self, model: int) -> np.ndarray:
         """(components, height, width, channels) of a model, without padding."""
         tiles = self.components[self.model_of_component == model]
-        height, width = self.meta["stems"][model]["size"]
-        tiles = tiles[:, :height, :width]
+        about = self.meta["stems"][model]
+        height, width = about["size"]
+        tiles = tiles[:, :height, :width, : about.get("channels")]
         return tiles[np.isfinite(tiles).all((1, 2, 3))]
 
     def plot(self, ax: Any = None) -> Any:
@@ -127,8 +131,20 @@ class PatchEmbeddingResult(Result):
                     one.set_axis_off()
             text = drawing.provenance_line(self.meta)
             text += " Principal components row by row, each tile scaled to [0, 1] by itself."
+            text += self._of_other_channels()
             drawing.caption(figure, text)
             return figure
+
+    def _of_other_channels(self) -> str:
+        counts = [self.of(model).shape[-1] for model in range(len(self.models))]
+        others = [
+            f"{count} channels ({self.models[model]})"
+            for model, count in enumerate(counts)
+            if count not in (1, 3)
+        ]
+        if not others:
+            return ""
+        return f" Filters of {' and '.join(others)} are shown by the mean over them."
 
     def _tiles(self, ax: Any, model: int) -> None:
         tiles = self.of(model)
@@ -208,14 +224,21 @@ def measure(
     meta = models_meta("patch_embedding", loaded, seed)
     meta["stems"], tiles, ratios = [], [], []
     for model in loaded:
-        name, filters = stem_filters(model)
+        with at_an_example(model) as example:
+            found = stem_filters(model.module, example)
+        if found is None:
+            raise NotApplicable(
+                f"{model.name} has no layer of filters that look at pixels as they are.", model.name
+            )
+        name, filters = found
         weights = filters.detach().float().cpu().numpy()
         if not np.isfinite(weights).all():
             raise VitprobeError(f"The filters {name} of {model.name} are not finite.")
         components, ratio = principal_components(weights.reshape(len(weights), -1), COMPONENTS)
         tiles.append(components.reshape(COMPONENTS, *weights.shape[1:]))
         ratios.append(ratio)
-        meta["stems"].append({"layer": name, "size": list(weights.shape[1:3])})
+        size, channels = list(weights.shape[1:3]), weights.shape[3]
+        meta["stems"].append({"layer": name, "size": size, "channels": channels})
     sizes = np.max([tile.shape for tile in tiles], axis=0)
     tiles = [
         np.pad(t, [(0, s - h) for s, h in zip(sizes, t.shape)], constant_values=np.nan)
@@ -223,39 +246,6 @@ def measure(
     ]
     owner = np.repeat(np.arange(len(loaded)), COMPONENTS)
     return PatchEmbeddingResult(meta, np.concatenate(tiles), np.concatenate(ratios), owner)
-
-
-def stem_filters(model: Model) -> tuple[str, Tensor]:
-    """The first layer that looks at pixels: its name and filters (filters, height, width, 3)."""
-    for name, module in _stems(model.module):
-        weight = getattr(module, "weight", None)
-        if weight is None:
-            continue  # a stem of several layers: its convolutions come after it
-        # A filter of one channel looks at grey pixels, unless it is one of a depthwise layer.
-        if isinstance(module, nn.Conv2d) and weight.shape[1] in (1, 3) and module.groups == 1:
-            return name, weight.permute(0, 2, 3, 1)
-        # A linear embedding of flattened patches: (filters, height · width · 3).
-        side = round((weight[0].numel() / 3) ** 0.5)
-        if isinstance(module, nn.Linear) and 3 * side**2 == weight.shape[1]:
-            return name, weight.unflatten(1, (side, side, 3))
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            break  # the first layer looks at something else; later ones never see pixels
-    raise NotApplicable(f"{model.name} has no layer of filters that look at pixels.", model.name)
-
-
-def _stems(module: nn.Module) -> list[tuple[str, Any]]:
-    """timm's word for the first convolution, and then every convolution and embedding in order."""
-    modules = dict(module.named_modules())
-    said = getattr(module, "pretrained_cfg", None) or {}
-    first = said.get("first_conv") or ()
-    names = [first] if isinstance(first, str) else list(first)
-    found = [(name, modules[name]) for name in names if name in modules]
-    found += [(name, part) for name, part in modules.items() if isinstance(part, nn.Conv2d)]
-    return found + [
-        (name, part)
-        for name, part in modules.items()
-        if isinstance(part, nn.Linear) and "embed" in name
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
