@@ -1,22 +1,4 @@
-"""Residual additions: the rules that recognise one, and hooks on their operands.
-
-An addition of two tensors of one shape that both depend on the model's input is residual,
-and one operand is its skip, if
-
-1. ``identity``: the skip is an ancestor of the branch;
-2. ``view``: since their newest common ancestor (the fork) the skip met no weighted
-   operation and the branch at least two (pooled or sliced skips), or the skip nothing that
-   works on it at all and the branch at least two things that do (scaled skips);
-3. ``projection``: the skip met fewer weighted operations than the branch, the branch at
-   least two, none lies between the input of the module that adds and the fork, and neither
-   is made of another input of that module that comes after the fork (a fusion).
-
-A weighted operation takes a tensor that does not depend on the input and has at least two
-dimensions above 1. Those, normalisations, pooling and products of two tensors are work.
-Position tables, biases, gates and rotary sums fit none of the rules, nor does what joins
-two parts of one split tensor (Res2Net's scales), as neither is a function of the other.
-What fits them and is no skip stands in ``special_cases``.
-"""
+"""Hooks on the operands of the residual additions that a recorded pass made."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -46,7 +28,7 @@ class Addition:
 
     ordinal: int  # among all additions of two tensors in the pass, from 0
     total: int  # how many of those the pass has
-    module: str  # qualified name of the innermost module whose forward adds
+    module: str  # qualified name of the innermost module within which the whole branch runs
     index: int  # in the how-manieth call of that module, from 0
     kind: str  # 'identity', 'view' or 'projection'
     skip: int  # the operand, 0 or 1, that carries the skip
@@ -54,73 +36,10 @@ class Addition:
     started: int  # on the clock of the trace's calls
     branch_modules: tuple[str, ...]  # innermost modules at work on the branch since the fork
     attends: bool  # attention ran on the branch
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """Where a tensor came from: bit sets of positions in the order of creation."""
-
-    position: int
-    ancestors: int  # without its own bit
-    weights: int  # the most weighted operations on a path from the input
-    work: int  # the same of all that is work
-    part: bool  # one of the pieces that an operation cut its operand into
-    module: str  # innermost, at creation
-    attends: bool
-
-    @property
-    def lineage(self) -> int:
-        return self.ancestors | 1 << self.position
-
-    def descends(self, other: "Node") -> bool:
-        return bool(self.ancestors >> other.position & 1)
-
-
-def classify(
-    pair: tuple[Node, Node], inputs: list[Node], nodes: list[Node]
-) -> tuple[str, int, Node] | None:
-    """(kind, skip operand, fork) by the rules at the top; None for any other addition.
-
-    ``inputs`` are the nodes that the adding module was given, ``nodes`` all by position.
-    """
-    for skip in (0, 1):
-        if pair[1 - skip].descends(pair[skip]):
-            return "identity", skip, pair[skip]
-    common = pair[0].lineage & pair[1].lineage
-    if not common:
-        return None
-    fork = nodes[common.bit_length() - 1]
-    if all(_in_parts(node, fork, nodes) for node in pair):
-        return None
-    work = [node.work - fork.work for node in pair]
-    if min(work) == 0 and max(work) >= 2:
-        return "view", work.index(0), fork
-    met = [node.weights - fork.weights for node in pair]
-    if met[0] == met[1] or max(met) < 2:
-        return None
-    skip = met.index(min(met))
-    if met[skip] == 0:
-        return "view", skip, fork
-    later = [given for given in inputs if given.descends(fork)]
-    branch = pair[1 - skip]
-    if any(branch is one or branch.descends(one) or pair[skip].descends(one) for one in later):
-        return None
-    for given in inputs:
-        if (given is fork or fork.descends(given)) and given.weights == fork.weights:
-            return "projection", skip, fork
-    return None
-
-
-def _in_parts(node: Node, fork: Node, nodes: list[Node]) -> bool:
-    """Whether a node took in the fork as pieces of it only."""
-    since = node.lineage >> fork.position + 1 << fork.position + 1
-    first: list[Node] = []
-    for position in range(fork.position + 1, node.position + 1):
-        one = nodes[position]
-        from_fork = since >> position & 1 and one.descends(fork)
-        if from_fork and not any(one.descends(other) for other in first):
-            first.append(one)
-    return bool(first) and all(one.part for one in first)
+    part: str  # the module, never called itself, that all of the branch's modules stand in, or ''
+    node: int  # of the sum, in the trace
+    onto: int  # of the skip operand
+    fork: int  # of what skip and branch both come from
 
 
 def operands(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -7,7 +7,6 @@ tensor counts the images, and that its rows really keep to their images.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import VitprobeError, nearest
+from vitprobe.tracing.blocks import find_blocks
 from vitprobe.tracing.failures import forward_failure
 from vitprobe.tracing.trace import Addition, Call, Trace, record
 
@@ -97,34 +97,16 @@ class LayerMap:
         return sorted(chosen.values(), key=lambda layer: layer.time)
 
     def _blocks(self) -> list[Layer]:
-        """The residual stream after each block.
-
-        A block is a module whose own forward makes a residual addition, or stands in the same
-        place as one (EfficientNet's strided blocks, which have no skip). A network without
-        residual additions gives the repeated modules nearest to its root.
-        """
-        owners = {addition.module for addition in self.trace.additions}
-        patterns = {_pattern(name) for name in owners if name}
-        outputs = [layer for layer in self.layers if layer.point == "output"]
-        found = [layer for layer in outputs if _pattern(layer.module) in patterns and layer.module]
-        if "" in owners:
-            found += [la for la in self.layers if la.point == "addition" and not la.module]
-        if not found:
-            found = self._repeated(outputs)
+        """The residual stream after each block, by ``tracing.blocks``."""
+        found = set(find_blocks(self.trace, self.modules))
+        chosen = [
+            layer
+            for layer in self.layers
+            if layer.addition in found
+            or (layer.point == "output" and (layer.module, layer.index, layer.suffix) in found)
+        ]
         # Of a module and the last of its children, which put out the same, the module stays.
-        return list({layer.identity: layer for layer in found}.values())
-
-    def _repeated(self, outputs: list[Layer]) -> list[Layer]:
-        counts: dict[str, int] = {}
-        for layer in outputs:
-            if layer.module:
-                pattern = _pattern(layer.module)
-                counts[pattern] = counts.get(pattern, 0) + 1
-        repeated = [pattern for pattern, count in counts.items() if count > 1]
-        if not repeated:
-            return [la for la in outputs if la.module and "." not in la.module]
-        chosen = min(repeated, key=lambda pattern: (pattern.count("."), -counts[pattern]))
-        return [la for la in outputs if _pattern(la.module) == chosen]
+        return list({layer.identity: layer for layer in chosen}.values())
 
     def _paper(self) -> list[Layer]:
         """The representations that give the axis lengths of Raghu et al. 2021.
@@ -327,10 +309,6 @@ def _hiddens(trace: Trace, module: nn.Module, outputs: list[Layer]) -> Iterator[
                     shape=(*place.shape[:-1], info.shape[-1]),
                     identity=info.identity,
                 )
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
 
 
 def _distinct(layers: list[Layer]) -> list[Layer]:

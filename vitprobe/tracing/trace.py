@@ -5,10 +5,12 @@ hands the operands of chosen additions to callbacks in any number of cheap later
 Both see operations, not module families, so one code serves every architecture.
 
 While ``record`` runs, each tensor that depends on the input carries a node: its ancestors
-and the largest number of weighted operations on a path to it, from which ``classify``
-tells residual additions. Additions inside modules without children (activations, response
+and what the operation that made it did, from which ``residuals.classify`` tells residual
+additions. Those whose whole branch runs inside a module without children (activations, response
 normalisation) do not count.
 """
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .additions import ADDS, Addition, AdditionHooks, Node, classify, operands
+from .additions import ADDS, Addition, AdditionHooks, operands
 from .observing import unobserved
+from .residuals import Node, between, classify, is_linear
 from .special_cases import SUMS_OF_OPERATIONS
 
 __all__ = ["Addition", "AdditionHooks", "Call", "TensorInfo", "Trace", "record", "unobserved"]
@@ -46,6 +49,7 @@ class TensorInfo:
     dtype: torch.dtype
     depends: bool  # on the input of the pass
     identity: tuple[int, int, int, int]  # storage, offset, elements, version
+    node: int | None = None  # in the trace, where it depends on the input
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Trace:
     calls: list[Call]  # in order of completion
     additions: list[Addition]  # in order
     attention_modules: list[str]  # innermost modules that ran an attention candidate
+    nodes: list[Node]  # of every tensor that depends on the input
 
 
 @dataclass(eq=False)
@@ -85,6 +90,7 @@ class _Frame:
     started: int
     inputs: list[tuple[str, TensorInfo]]
     nodes: list[Node]
+    first_node: int  # the first that this call could make
 
 
 def tensors(value: Any, suffix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -140,7 +146,9 @@ class _Recorder(TorchFunctionMode):
         self.stack: list[_Frame] = []
         self.times_called: Counter[str] = Counter()
         self.calls: list[Call] = []
+        self.modules = {name: module for module, name in names.items()}
         self.additions: list[Addition] = []
+        self.sums: dict[int, Node] = {}  # position of a residual sum: its fork
         self.attention_modules: dict[str, None] = {}
 
     def node_of(self, tensor: Tensor) -> Node | None:
@@ -159,7 +167,8 @@ class _Recorder(TorchFunctionMode):
         self,
         parents: list[Node],
         weighted: bool = False,
-        work: bool = False,
+        works: bool = False,
+        linear: bool = True,
         part: bool = False,
         attends: bool = False,
     ) -> Node:
@@ -167,9 +176,12 @@ class _Recorder(TorchFunctionMode):
         for parent in parents:
             ancestors |= parent.lineage
         weights = max((parent.weights for parent in parents), default=0) + weighted
-        works = max((parent.work for parent in parents), default=0) + (weighted or work)
         name = self.stack[-1].name if self.stack else ""  # the input comes before any call
-        node = Node(len(self.nodes), ancestors, weights, works, part, name, attends)
+        positions = tuple(parent.position for parent in parents)
+        node = Node(
+            len(self.nodes), positions, ancestors, weights, weighted, weighted or works, linear,
+            part, name, attends,
+        )  # fmt: skip
         self.nodes.append(node)
         return node
 
@@ -178,7 +190,8 @@ class _Recorder(TorchFunctionMode):
         self.seen.setdefault(id(tensor), (tensor, None, -1))
         offset = int(tensor.storage_offset()) if tensor.layout == torch.strided else 0
         identity = (_storage(tensor), offset, tensor.numel(), _version(tensor))
-        return TensorInfo(tuple(tensor.shape), tensor.dtype, node is not None, identity)
+        position = None if node is None else node.position
+        return TensorInfo(tuple(tensor.shape), tensor.dtype, node is not None, identity, position)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -187,9 +200,10 @@ class _Recorder(TorchFunctionMode):
         self.clock += 1
         given = [tensor for _, tensor in tensors((args, kwargs))]
         nodes = [self.node_of(tensor) for tensor in given]
+        found = None
         if function in ADDS and (pair := operands(args, kwargs)):
             if "out" not in kwargs:
-                self.consider(*pair)
+                found = self.consider(*pair)
             self.adds += 1
         parents = [node for node in nodes if node]
         attends = bool(parents) and _attends(function, args, kwargs)
@@ -207,8 +221,9 @@ class _Recorder(TorchFunctionMode):
             node is None and sum(size > 1 for size in tensor.shape) >= 2
             for tensor, node in zip(given, nodes, strict=True)
         )
-        work = any(word in name for word in _WORK)
-        what = weighted, work, name in _CUTS, attends
+        works = any(word in name for word in _WORK)
+        linear = is_linear(name.strip("_"), args, kwargs, nodes)
+        what = weighted, works, linear, name in _CUTS, attends
         if version is not None and _version(target) != version:
             node = self.new_node(parents, *what)
             self.seen[id(target)] = (target, node, _version(target))
@@ -218,35 +233,88 @@ class _Recorder(TorchFunctionMode):
             if id(tensor) not in known:
                 node = self.new_node(parents, *what)
                 self.seen[id(tensor)] = (tensor, node, _version(tensor))
+        if found is not None and (total := self.node_of(result)):
+            addition, fork = found
+            self.sums[total.position] = fork
+            self.additions.append(replace(addition, node=total.position))
         return result
 
-    def consider(self, first: Tensor, second: Tensor) -> None:
-        """Note the addition that is about to happen if it is a residual one."""
-        frame = self.stack[-1]
+    def consider(self, first: Tensor, second: Tensor) -> tuple[Addition, Node] | None:
+        """The residual addition that is about to happen, if it is one, and its fork."""
         one, other = self.node_of(first), self.node_of(second)
         if one is None or other is None or first.shape != second.shape:
-            return
-        if _is_leaf(frame.module) or not torch.result_type(first, second).is_floating_point:
-            return
-        found = classify((one, other), frame.nodes, self.nodes)
+            return None
+        if not torch.result_type(first, second).is_floating_point:
+            return None
+        pair = one, other
+        adder, inputs = self.adder(pair)
+        found = classify(pair, inputs, self.nodes, self.sums)
         if found is None:
-            return
-        kind, skip, fork = found
-        if kind != "identity" and type(frame.module).__module__ in SUMS_OF_OPERATIONS:
-            return
-        branch = (other, one)[skip]
-        since = [
-            node
-            for node in self.nodes[fork.position + 1 : branch.position + 1]
-            if branch.lineage >> node.position & 1 and node.descends(fork)
-        ]
-        self.additions.append(
-            Addition(
-                self.adds, 0, frame.name, frame.index, kind, skip, tuple(first.shape),
-                self.clock, tuple(dict.fromkeys(node.module for node in since)),
-                any(node.attends for node in since),
-            )
+            return None
+        if found.name != "identity" and type(adder.module).__module__ in SUMS_OF_OPERATIONS:
+            return None
+        since = between(pair[1 - found.skip], found.fork, self.nodes)
+        both = [*since, *between(pair[found.skip], found.fork, self.nodes)]
+        start = min(node.position for node in since)
+        owner = next((one for one in reversed(self.stack) if one.first_node <= start), adder)
+        if _is_leaf(owner.module):
+            return None
+        addition = Addition(
+            self.adds, 0, owner.name, owner.index, found.name, found.skip, tuple(first.shape),
+            self.clock, tuple(dict.fromkeys(node.module for node in since)),
+            any(node.attends for node in since), self.part_of(owner, both), -1,
+            pair[found.skip].position, found.fork.position,
         )  # fmt: skip
+        return addition, found.fork
+
+    def adder(self, pair: tuple[Node, Node]) -> tuple[_Frame, list[Node]]:
+        """The innermost module that does more than add, and what it was given.
+
+        In a flattened network, what enters the part of it that the operands come from.
+        """
+        frame = self.stack[-1]
+        for frame in reversed(self.stack):
+            if any(self.did(frame, node) for node in pair):
+                break
+        common = pair[0].lineage & pair[1].lineage
+        fork = self.nodes[common.bit_length() - 1] if common else None
+        if fork is None or fork in pair:
+            return frame, frame.nodes
+        both = [node for end in pair for node in between(end, fork, self.nodes)]
+        part = self.part_of(frame, both, flat=True)
+        if not part:
+            return frame, frame.nodes
+        inside = [
+            node
+            for node in self.nodes[frame.first_node : max(end.position for end in pair) + 1]
+            if node.module.startswith(f"{part}.")
+        ]
+        given = {position for node in inside for position in node.parents}
+        return frame, [self.nodes[p] for p in sorted(given - {node.position for node in inside})]
+
+    def did(self, frame: _Frame, node: Node) -> bool:
+        """Whether a module has worked on what it was given to make an operand."""
+        made = self.nodes[frame.first_node : node.position + 1]
+        return any(one.works or not one.linear for one in made if node.lineage >> one.position & 1)
+
+    def part_of(self, frame: _Frame, nodes: list[Node], flat: bool = False) -> str:
+        """The module within a frame that others stand in, and that is not called itself.
+
+        ``flat``: one that could be called. Lists of modules cannot.
+        """
+        prefix = f"{frame.name}." if frame.name else ""
+        names = {node.module for node in nodes if node.module.startswith(prefix) and node.module}
+        names.discard(frame.name)
+        if not names:
+            return ""
+        paths = [name.split(".") for name in names]
+        common = [parts[0] for parts in zip(*paths) if len(set(parts)) == 1]
+        for length in range(len(common), prefix.count("."), -1):
+            name = ".".join(common[:length])
+            if not self.times_called[name]:
+                lists = isinstance(self.modules.get(name), nn.ModuleList | nn.ModuleDict)
+                return "" if flat and lists else name
+        return ""
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         with unobserved():
@@ -259,7 +327,8 @@ class _Recorder(TorchFunctionMode):
             nodes = [node for _, tensor in given if (node := self.node_of(tensor))]
             name = self.names[module]
             index = self.times_called[name]
-            self.stack.append(_Frame(module, name, index, self.clock, inputs, nodes))
+            first = len(self.nodes)
+            self.stack.append(_Frame(module, name, index, self.clock, inputs, nodes, first))
             self.times_called[name] += 1
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -309,7 +378,7 @@ def record(
         for handle in handles:
             handle.remove()
     additions = [replace(addition, total=recorder.adds) for addition in recorder.additions]
-    return Trace(recorder.calls, additions, list(recorder.attention_modules))
+    return Trace(recorder.calls, additions, list(recorder.attention_modules), recorder.nodes)
 
 
 def _ordinary(value: Any) -> Any:
