@@ -20,7 +20,7 @@ from vitprobe.running.loading import TransformedImages
 from vitprobe.running.measurement import measure_each, measure_one
 from vitprobe.running.options import Options
 
-NAMES = ("token_norms", "attention_statistics")
+NAMES = ("token_norms", "attention_statistics", "frequency")
 MODELS, SIZE, COUNT = ("vit", "cnn"), 32, 18
 
 

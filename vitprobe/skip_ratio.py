@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.errors import NotApplicable
@@ -36,11 +36,11 @@ from vitprobe.running.options import Options
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.statistics.norms import PIECE, exact, held
+from vitprobe.tracing.branches import ATTENTION, CONVOLUTION, MLP, branch_kind
 from vitprobe.tracing.layers import Layer, LayerMap
 from vitprobe.tracing.places import Places, find_places
-from vitprobe.tracing.trace import Addition, AdditionHooks
+from vitprobe.tracing.trace import AdditionHooks
 
-ATTENTION, MLP, CONVOLUTION = "attention", "MLP", "convolution"
 _LINES = {ATTENTION: "-", MLP: "--", CONVOLUTION: "-"}
 
 
@@ -410,7 +410,7 @@ def _plan(ready: Session, m: int) -> _Plan:
     return _Plan(
         layers,
         axes,
-        [_kind(layer.addition, found.modules) for layer in layers if layer.addition],
+        [branch_kind(layer.addition, found.modules) for layer in layers if layer.addition],
         counts.pop() if apart else 1,
         bare,
         {
@@ -433,15 +433,6 @@ def _tokens(layer: Layer, places: Places | None) -> int:
 def _feature_axis(layer: Layer, places: Places) -> int:
     features = [axis for axis in range(1, len(layer.shape) + 1) if axis not in places.axes]
     return features[0] if len(features) == 1 else -1
-
-
-def _kind(addition: Addition, modules: dict[str, nn.Module]) -> str:
-    if addition.attends:
-        return ATTENTION
-    # Convolutions of one pixel are linear layers: some MLPs are made of them.
-    branch = (modules[name] for name in addition.branch_modules)
-    spatial = any(isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1 for part in branch)
-    return CONVOLUTION if spatial else MLP
 
 
 def _axis(layer: Layer, found: LayerMap) -> int:

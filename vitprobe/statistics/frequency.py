@@ -1,0 +1,84 @@
+"""Amplitudes of maps at diagonal frequencies, and their variance over locations.
+
+Of the two-dimensional Fourier transform only the diagonal is needed, so it is a product with a few
+sines and cosines; what is constant over the map is taken away first, as its digits would be lost.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import pi
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Values of maps that are transformed at a time: more leave the cache.
+PIECE = 2**20
+
+
+def diagonal(rows: int, columns: int) -> np.ndarray:
+    """(frequencies,) ω of the diagonal of a grid, from 0 to 1, in units of π.
+
+    On oblong grids those of the shorter side; along the longer one the nearest of its own.
+    """
+    shorter = min(rows, columns)
+    return 2 * np.arange(shorter // 2 + 1) / shorter
+
+
+def below_nyquist(rows: int, columns: int) -> int:
+    """The index of the highest of these frequencies below 1; 0 where there is none."""
+    return (min(rows, columns) - 1) // 2
+
+
+def log_amplitudes(maps: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ln|F(ω, ω)| − ln|F(0, 0)| and variance of each image's maps.
+
+    Args:
+        maps: (n, rows · columns, channels), any floating type.
+        rows: of the grid.
+        columns: of the grid.
+
+    Returns:
+        delta: (n, frequencies), mean over channels; NaN where all of them were left out.
+        variance: (n,) over locations, mean over channels.
+        zeros: (n,) how many channels have an amplitude of 0 (or of nothing but rounding) at a
+            frequency, which has no logarithm: left out there.
+    """
+    images = max(1, PIECE // max(1, maps[:1].numel()))
+    parts = [_of_piece(piece, rows, columns) for piece in maps.split(images)]
+    delta, variance, zeros = (torch.cat(part) for part in zip(*parts))
+    return delta, variance, zeros
+
+
+def _of_piece(maps: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    wide = maps if maps.dtype == torch.float64 else maps.float()
+    count = rows * columns
+    mean = wide.mean(1, keepdim=True)
+    centred = wide - mean
+    variance = torch.linalg.vecdot(centred, centred, dim=1) / count
+    waves = _waves(rows, columns, wide.dtype).to(wide.device)
+    cosine, sine = (waves @ centred).chunk(2, 1)
+    power = cosine.square() + sine.square()
+    # |F|² is at most count² · variance; rounding of the mean and the sums leaves about this much.
+    rounding = (8 * torch.finfo(wide.dtype).eps * count) ** 2
+    least = rounding * (variance + mean[:, 0].square() / count)[:, None]
+    constant = (count * mean).square()
+    power = torch.cat([constant, power], 1)
+    nothing = torch.cat([constant == 0, power[:, 1:] <= least], 1)
+    nothing |= constant == 0  # without it there is nothing to compare with
+    logs = 0.5 * (power.log() - constant.log())
+    delta = logs.masked_fill(nothing, torch.nan).nanmean(2)
+    return delta, variance.mean(1), nothing.any(1).sum(1)
+
+
+@lru_cache(maxsize=64)
+def _waves(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """(2 · frequencies, places): cosines, then sines, of all diagonal frequencies but 0."""
+    shorter = min(rows, columns)
+    k = np.arange(1, shorter // 2 + 1)[:, None, None]
+    down, along = (np.floor(k * side / shorter + 0.5) / side for side in (rows, columns))
+    y, x = np.mgrid[:rows, :columns]
+    phase = 2 * pi * (down * y + along * x)
+    waves = np.concatenate([np.cos(phase), -np.sin(phase)]).reshape(-1, rows * columns)
+    return torch.from_numpy(waves).to(dtype)
