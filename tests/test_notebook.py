@@ -27,11 +27,18 @@ def test_it_names_no_place_on_a_machine():
     assert not re.search(r"/(root|home|tmp|Users|opt|work|usr)/|[A-Z]:\\\\", text)
 
 
-def test_it_runs(tmp_path):
+def test_it_opens_with_the_four_line_start():
+    first = "".join(cells()[0]["source"])
+    assert len(first.replace("\n\n", "\n").splitlines()) == 3 and "cka.measure(" in first
+
+
+def test_it_runs(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     pytest.importorskip("pandas")
+    # tqdm's, where ipywidgets is not installed; no other warning may come.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()

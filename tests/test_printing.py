@@ -56,6 +56,10 @@ def test_a_terminal_gets_its_width_and_a_colour_a_verdict(terminal, monkeypatch)
     coloured = terminal.getvalue()
     plain = re.sub(r"\033\[[\d;]*m", "", coloured)
     assert all(len(line) <= 44 for line in plain.splitlines())
+    # A number keeps its error.
+    narrow = io.StringIO()
+    print_findings([Finding("x", "P, Fig. 1", HOLDS, "of all layers 0.20 ± 0.01")], narrow, 27)
+    assert narrow.getvalue().splitlines()[-2:] == ["      of all layers", "        0.20 ± 0.01"]
     words = re.findall(r"\033\[([\d;]*)m([a-z ]+)\033\[0m", coloured)
     assert [word for _, word in words] == [HOLDS, OPEN, FAILS]
     assert len({code for code, _ in words}) == 3

@@ -82,10 +82,12 @@ def _filled(text: str, width: int | None, indent: int, hang: int) -> str:
     start = " " * indent
     if width is None:
         return start + text
-    return textwrap.fill(
-        text, width, initial_indent=start, subsequent_indent=start + " " * hang,
-        break_long_words=False, break_on_hyphens=False,
+    # No line ends between a number and its error.
+    lines = textwrap.fill(
+        text.replace(" ± ", "\u00a0±\u00a0"), width, initial_indent=start,
+        subsequent_indent=start + " " * hang, break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
+    return lines.replace("\u00a0±\u00a0", " ± ")
 
 
 def _width(stream: IO[str]) -> int | None:
