@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from matplotlib.text import Text
+from torch import nn
 
 from vitprobe import attention_rollout
 from vitprobe.attention_rollout import Rollout, measure
@@ -64,6 +65,80 @@ def test_a_model_gives_the_row_of_its_class_token(class_token):
     order = np.random.default_rng(0).permutation(3)
     at = int(np.flatnonzero(order == 0)[0])
     np.testing.assert_allclose(result.rollout[at].ravel(), row, rtol=1e-5)
+
+
+class Attention(nn.Module):
+    """Attention among patches with class tokens and registers before, amid and behind them."""
+
+    def __init__(self, reads, before=1, amid=2, behind=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = nn.Conv2d(3, 8, 8, 8)
+        self.extra = nn.ParameterList(torch.randn(1, n, 8) for n in (before, amid, behind))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.reads = reads
+
+    def forward(self, x):
+        x = self.project(x).flatten(2).mT
+        before, amid, behind = (one.expand(len(x), -1, -1) for one in self.extra)
+        x = torch.cat([before, x[:, :2], amid, x[:, 2:], behind], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, self.reads]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.scale = nn.Linear(8, 24), 3.0
+        self.maps = []
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        attention = (q @ k.mT * self.scale).softmax(-1)
+        self.maps.append(attention)
+        return x + attention @ v
+
+
+# Tokens: 0 before, 1 and 2 patches, 3 and 4 amid, 5 to 8 patches, 9 behind.
+PATCHES = [1, 2, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("reads", [0, 4, 9, slice(None), PATCHES, 5])
+def test_the_class_token_is_found_wherever_it_is_and_registers_are_never_taken_for_it(reads):
+    module = Attention(reads).eval()
+    images = torch.randn(2, 3, 16, 24)
+    result = measure(wrap(module, "m"), images, num_images=2)
+    for block in module.blocks:
+        block.maps.clear()
+    with torch.no_grad():
+        module(images)
+    rollout = torch.eye(10)
+    for block in module.blocks:
+        joint = block.maps[0] + torch.eye(10)
+        rollout = joint / joint.sum(-1, keepdim=True) @ rollout
+    # No class token: all tokens, the patches, or a patch is what the output reads.
+    by_class = reads in (0, 4, 9)
+    row = rollout[:, reads] if by_class else rollout[:, PATCHES].mean(1)
+    assert result.meta["maps"][0]["class_token"] == (reads if by_class else None)
+    order = np.random.default_rng(0).permutation(2)
+    found = result.rollout[np.argsort(order)]
+    np.testing.assert_allclose(found.reshape(2, -1), row[:, PATCHES], rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 12])
+def test_images_of_any_number_of_channels_are_drawn(channels):
+    module = timm.create_model("test_vit", img_size=32, in_chans=channels)
+    images = torch.rand(1, channels, 32, 32)
+    result = measure(wrap(module, "m", transform=lambda image: image), images, num_images=1)
+    shown = images[0] if channels >= 3 else images[0].mean(0, keepdim=True).expand(3, -1, -1)
+    shown = shown[:3] - shown[:3].min()
+    expected = (shown / shown.max()).permute(1, 2, 0)
+    np.testing.assert_allclose(result.pictures[0] / 255, expected, atol=1 / 255)
+    caption = " ".join(text.get_text() for text in result.plot().findobj(Text))
+    caption = " ".join(caption.split())
+    assert ("the first three are shown" in caption) == (channels > 3)
+    assert ("their mean is shown" in caption) == (channels == 2)
 
 
 def test_several_models_saved_and_loaded(tmp_path):

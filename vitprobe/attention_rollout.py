@@ -7,9 +7,11 @@ The quantity: Â_l = A_l averaged over heads, plus the identity, rows brought to
 R_l = Â_l R_{l−1}; the class token's row of the last R over the patches, a share of attention
 without unit (what stays on class and register tokens is missing from its sum of 1).
 
-Choices made: without a class token, the mean of all rows. Four pictures at most unless
-``--num-images`` says so; by default the two photographs that scikit-learn installs, and digit
-scenes for models that take less than 64 px. In the figure each map fills [0, 1] by itself.
+Choices made: the class token is the one that the model's output reads, whatever stands beside it;
+without one, the mean of the patches' rows. Four images at most unless ``--num-images`` says so; by
+default the two photographs that scikit-learn installs, and digit scenes for models that take less
+than 64 px. In the figure each map fills [0, 1] by itself; of an image of more than three channels
+the first three are shown, of two their mean.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from vitprobe.running.measurement import Measurement, Watch, measure_one
 from vitprobe.running.options import Options
 from vitprobe.running.session import Batch, Session
 from vitprobe.tracing.attention import AttentionMap, observe
+from vitprobe.tracing.places import Places, find_places, order_of
 
 PICTURES, PHOTOGRAPH_SIDE = 4, 64
 # Maps in a figure.
@@ -133,8 +136,13 @@ class AttentionRolloutResult(Result):
                 self._overlay(trio[2], index)
                 trio[1].set_title(drawing.short(self.models[self.model_of_map[index]]), fontsize=7)
             text = drawing.provenance_line(self.meta)
-            text += " Picture, rollout to the class token (the mean of all tokens where there is"
-            text += " none), and the picture lit by it; each map scaled to [0, 1] by itself."
+            text += " Image, rollout to the class token (the mean of the patches' where there is"
+            text += " none), and the image lit by it; each map scaled to [0, 1] by itself."
+            channels = {one.get("channels", 3) for one in self.meta["maps"]}
+            if max(channels) > 3:
+                text += " Of images of more than three channels the first three are shown."
+            if 2 in channels:
+                text += " Of images of two channels their mean is shown."
             if each < pictures:
                 text += f" The first {each} of {pictures} pictures; all are in the file."
             drawing.caption(figure, text)
@@ -181,9 +189,16 @@ class _Watch(Watch):
     def __init__(self, ready: Session, first: int | None) -> None:
         self.n = min(len(ready.images), first or len(ready.images))
         self.maps = [_one_set_of_tokens(ready.attention(m)) for m in range(len(ready.models))]
-        self.about = [
-            {"grid": list(_grid(found)), "size": list(example.shape[2:])}
-            for found, example in zip(self.maps, ready.example())
+        self.orders = [_order(found) for found in self.maps]
+        self.class_tokens = [_class_token(ready, m, self.maps[m]) for m in range(len(ready.models))]
+        self.about: list[dict[str, Any]] = [
+            {
+                "grid": list(order.shape),
+                "size": list(example.shape[2:]),
+                "channels": example.shape[1],
+                "class_token": token,
+            }
+            for order, token, example in zip(self.orders, self.class_tokens, ready.example())
         ]
         count, n = len(self.maps), self.n
         high, wide = np.max([one["grid"] for one in self.about], axis=0).tolist()
@@ -205,8 +220,9 @@ class _Watch(Watch):
             yield
         positions = torch.from_numpy(batch.positions[kept]).to(self.sums["rollout"].device)
         mine = torch.from_numpy(kept).to(inputs.device)
-        rows, columns = self.about[m]["grid"]
-        shown = class_row(work.rollout[mine], found).unflatten(1, (rows, columns))
+        order = torch.from_numpy(self.orders[m]).to(inputs.device)
+        rows, columns = order.shape
+        shown = class_row(work.rollout[mine], order, self.class_tokens[m])
         self.sums["rollout"][m, positions, :rows, :columns] += shown.to(self.sums["rollout"])
         picture = _visible(model, inputs[mine])
         tall, broad = picture.shape[2:]
@@ -247,11 +263,32 @@ def measure(models: Any, images: Any = None, **options: Any) -> AttentionRollout
     return measure_one(AttentionRollout(), models, images, Options(**options))
 
 
-def class_row(rollout: Tensor, found: AttentionMap) -> Tensor:
-    """(images, patches): the first token's row if that is no patch, or else the mean of rows."""
-    patches = torch.from_numpy(np.isfinite(found.layers[0].queries[0, :, 0])).to(rollout.device)
-    rows = rollout.mean(1) if patches.all() else rollout[:, int((~patches).nonzero()[0])]
-    return rows[:, patches]
+def class_row(rollout: Tensor, order: Tensor, class_token: int | None) -> Tensor:
+    """(images, rows, columns): the class token's row over the patches, or the mean of theirs.
+
+    Args:
+        rollout: (images, tokens, tokens).
+        order: (rows, columns) which of the tokens is the patch there.
+        class_token: which of them it is; None where there is none.
+    """
+    patches = order.flatten()
+    row = rollout[:, patches].mean(1) if class_token is None else rollout[:, class_token]
+    return row[:, patches].unflatten(1, order.shape)
+
+
+def _class_token(ready: Session, m: int, found: AttentionMap) -> int | None:
+    """Which of the tokens that attend is the class token, as the last layer of them has it."""
+    tokens = found.layers[0].queries.shape[1]
+    if np.isfinite(found.layers[0].queries).all():
+        return None
+    layers = [
+        layer for layer in ready.layers(m).layers
+        if layer.point == "output" and len(layer.shape) == 2 and tokens in layer.shape
+    ]  # fmt: skip
+    with ready.autocast():
+        places = find_places(ready.models[m].module, layers, ready.example()[m])
+    last = [one for one in places if isinstance(one, Places) and one.lengths == (tokens,)]
+    return last[-1].class_token if last else None
 
 
 def _one_set_of_tokens(found: AttentionMap) -> AttentionMap:
@@ -268,17 +305,15 @@ def _one_set_of_tokens(found: AttentionMap) -> AttentionMap:
     return found
 
 
-def _grid(found: AttentionMap) -> tuple[int, int]:
-    """Rows and columns of the patches, which lie row by row."""
+def _order(found: AttentionMap) -> np.ndarray:
+    """(rows, columns) which of the tokens is the patch there."""
     places = found.layers[0].queries[0]
-    places = places[np.isfinite(places[:, 0])]
-    columns, rows = (len(np.unique(places[:, axis])) for axis in (0, 1))
-    order = np.lexsort((places[:, 0], places[:, 1]))
-    if rows * columns != len(places) or not np.array_equal(order, np.arange(len(places))):
+    order = order_of(places[:, 0] + 1j * places[:, 1])
+    if order is None:
         raise NotApplicable(
             f"{found.model} has no attention rollout: its patches form no grid.", found.model
         )
-    return rows, columns
+    return order
 
 
 def _pictures(models: list[Model], images: Any, count: int | None, seed: int) -> Images:
@@ -297,17 +332,29 @@ def _pictures(models: list[Model], images: Any, count: int | None, seed: int) ->
 
 
 def _visible(model: Model, inputs: Tensor) -> Tensor:
-    """What the model saw, in [0, 1]: normalisation undone, or else scaled to fill it."""
+    """(n, 3, H, W) of what the model saw, in [0, 1].
+
+    Normalisation is undone where the model's transform has one for so many channels; otherwise the
+    image is scaled to fill the range. Of more than three channels these are the first three.
+    """
     inputs = inputs.float()
+    channels = inputs.shape[1]
     for part in reversed(getattr(model.transform, "transforms", [])):
         if hasattr(part, "mean") and hasattr(part, "std"):
             mean, std = (
                 torch.as_tensor(v).reshape(-1, 1, 1).to(inputs) for v in (part.mean, part.std)
             )
-            return (inputs * std + mean).clamp(0, 1)
-    low, high = (getattr(inputs, name)((1, 2, 3), keepdim=True) for name in ("amin", "amax"))
-    shown = (inputs - low) / (high - low).clamp_min(1e-12)
-    return shown if shown.shape[1] == 3 else shown.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+            if len(mean) in (1, channels):
+                return _of_three_channels(inputs * std + mean).clamp(0, 1)
+    shown = _of_three_channels(inputs)
+    low, high = (getattr(shown, name)((1, 2, 3), keepdim=True) for name in ("amin", "amax"))
+    return (shown - low) / (high - low).clamp_min(1e-12)
+
+
+def _of_three_channels(images: Tensor) -> Tensor:
+    if images.shape[1] >= 3:
+        return images[:, :3]
+    return images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -91,8 +91,9 @@ class _Stems(Following):
         if name in ("conv2d", "conv3d"):
             met = _convolved(args, kwargs)
         elif name == "linear":
-            met = _last(args[0], args[1])
-        elif function in PRODUCTS and args[1].ndim == 2:
+            asked = {**dict(zip(("input", "weight"), args)), **kwargs}
+            met = _last(asked["input"], asked["weight"])
+        elif function in PRODUCTS and len(args) == 2 and args[1].ndim == 2:
             met = _last(args[0], args[1].T)
         elif name == "einsum":
             met = _summed(args)
