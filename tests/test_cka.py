@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitprobe import VitprobeError, cka, load_result, wrap
-from vitprobe.papers import vit_and_cnn
+from vitprobe.papers.raghu2021 import alike as vit_and_cnn
 from vitprobe.results.result import FAILS, HOLDS, OPEN, decide
 
 

@@ -17,8 +17,8 @@ from vitprobe.models.loading import wrap
 from vitprobe.results.result import load_result
 from vitprobe.running.interrupts import Interrupted
 from vitprobe.running.loading import TransformedImages
-from vitprobe.running.measurement import measure_each, measure_one
 from vitprobe.running.options import Options
+from vitprobe.running.passes import measure_each, measure_one
 
 NAMES = ("token_norms", "attention_statistics", "frequency")
 MODELS, SIZE, COUNT = ("vit", "cnn"), 32, 18

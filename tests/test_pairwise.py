@@ -8,7 +8,7 @@ import torch
 from vitprobe import cka
 from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import wrap
-from vitprobe.papers.same_depth import in_pairs
+from vitprobe.papers.raghu2021.same_depth import in_pairs
 from vitprobe.results.result import load_result
 
 

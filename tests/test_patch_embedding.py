@@ -13,8 +13,9 @@ from torch import nn
 from vitprobe import patch_embedding
 from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import load_model, wrap
-from vitprobe.patch_embedding import measure, principal_components, smoothness
+from vitprobe.patch_embedding import measure, principal_components
 from vitprobe.results.result import FAILS, HOLDS, load_result
+from vitprobe.statistics.grids import smoothness
 from vitprobe.tracing.stem import stem_filters
 
 

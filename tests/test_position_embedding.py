@@ -13,8 +13,9 @@ from torch import nn
 from vitprobe import position_embedding
 from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import wrap
-from vitprobe.position_embedding import axis_gain, decay, measure, similarity
+from vitprobe.position_embedding import measure, similarity
 from vitprobe.results.result import FAILS, HOLDS, load_result
+from vitprobe.statistics.grids import axis_gain, decay
 from vitprobe.tracing.positions import by_offset, find_positions, resample
 
 

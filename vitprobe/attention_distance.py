@@ -19,7 +19,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,16 +26,15 @@ import torch
 from torch import Tensor
 
 from vitprobe import cli
+from vitprobe.papers.raghu2021 import attention
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, Text, combine, decide, plus_minus
-from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.results.result import Finding, Result, Text
+from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.tracing.attention import AttentionLayer, observe
-
-# The papers say "local", "global" and "mostly global"; fractions of uniform attention are ours.
-LOCAL, GLOBAL = 0.5, 0.75
 
 
 def uniform_distance(distances: np.ndarray, masked: np.ndarray | None = None) -> float:
@@ -165,48 +163,8 @@ class AttentionDistanceResult(Result):
         return text
 
     def findings(self) -> list[Finding]:
-        """The claims of Raghu et al.'s Figure 3 for every model with global attention."""
-        found = []
-        decided = partial(decide, replicates=self.meta["n"])
-        for model, name in enumerate(self.models):
-            rows = self.of(model)
-            if not self.meta["global"][model] or len(rows) < 4:
-                continue
-            share = self.distance_px[rows] / self.uniform_px[rows][:, None]
-            error = self.distance_se[rows] / self.uniform_px[rows][:, None]
-            nearest, widest = _pick(share[:2], error[:2], 0), _pick(share[:2], error[:2], -1)
-            middle = _pick(share[-2:], error[-2:], None)
-            found.append(
-                Finding(
-                    f"the lowest blocks of {name} hold both local and global heads",
-                    "Raghu et al. 2021, Fig. 3",
-                    combine(
-                        [decided(-nearest[0], nearest[1], -LOCAL), decided(*widest, GLOBAL)]
-                    ),
-                    f"distance over that of uniform attention: most local head "
-                    f"{plus_minus(*nearest)} (less than {LOCAL} asked), most global head "
-                    f"{plus_minus(*widest)} (more than {GLOBAL} asked)",
-                )
-            )  # fmt: skip
-            found.append(
-                Finding(
-                    f"the highest blocks of {name} attend mostly globally",
-                    "Raghu et al. 2021, Fig. 3",
-                    decided(*middle, GLOBAL),
-                    f"distance over that of uniform attention, median head "
-                    f"{plus_minus(*middle)} (more than {GLOBAL} asked)",
-                )
-            )
-        return found
-
-
-def _pick(share: np.ndarray, error: np.ndarray, rank: int | None) -> tuple[float, float]:
-    """The head of a rank among several layers' heads, the median one for None."""
-    order = np.argsort(share.ravel())[: np.isfinite(share).sum()]
-    # Of an even number of heads the two in the middle; their errors may well go together.
-    middle = slice((len(order) - 1) // 2, len(order) // 2 + 1)
-    at = order[middle] if rank is None else order[[rank]]
-    return float(share.ravel()[at].mean()), float(error.ravel()[at].mean())
+        """Raghu et al.'s claims of Figure 3 for every model with global attention."""
+        return attention.distance(self)
 
 
 GROUP = "attention"

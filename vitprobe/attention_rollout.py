@@ -33,8 +33,9 @@ from vitprobe.models.loading import Model
 from vitprobe.results import drawing
 from vitprobe.results.result import Result, Text
 from vitprobe.results.tables import Label
-from vitprobe.running.measurement import Measurement, Watch, measure_one
+from vitprobe.running.measurement import Measurement, Watch
 from vitprobe.running.options import Options
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.tracing.attention import AttentionMap, observe
 from vitprobe.tracing.places import Places, find_places, order_of

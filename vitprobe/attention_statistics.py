@@ -29,8 +29,9 @@ from vitprobe import cli
 from vitprobe.papers import park2023
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text
-from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.attention_information import AttentionInformation
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes

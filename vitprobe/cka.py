@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from vitprobe import cli
-from vitprobe.papers import same_depth, vit_and_cnn
+from vitprobe.papers.raghu2021 import alike, same_depth
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text
-from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, hsic, jackknife, normalise
 from vitprobe.tracing.capture import capture
@@ -157,7 +158,7 @@ class CKAResult(Result):
         """
         if "same_depth" in self.meta:
             return same_depth.findings(self)
-        return vit_and_cnn.findings(self.meta["pairs"], self.meta.get("replicates"))
+        return alike.findings(self.meta["pairs"], self.meta.get("replicates"))
 
 
 GROUP = "compare"
@@ -220,11 +221,11 @@ class _Watch(Watch):
     def result(self, meta: dict[str, Any]) -> CKAResult:
         sums = {"hsic": self.sums["hsic"], "used": self.used}
         value, error = jackknife(normalise, sums["hsic"], sums["used"])
-        meta["pairs"] = vit_and_cnn.statistics(
+        meta["pairs"] = alike.statistics(
             [model.name for model in self.ready.models],
             self.owner,
             [found.has_attention for found in self.maps],
-            [[vit_and_cnn.stage(layer) for layer in one] for one in self.chosen],
+            [[alike.stage(layer) for layer in one] for one in self.chosen],
             sums,
         )
         if self.pairs:

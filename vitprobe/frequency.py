@@ -35,8 +35,9 @@ from vitprobe.papers import park2022
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text
 from vitprobe.running.grids import OnGrid, with_grids
-from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.frequency import below_nyquist, diagonal, log_amplitudes
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes

@@ -28,10 +28,12 @@ from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.papers.raghu2021 import attention
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, Text, decide, plus_minus
-from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.results.result import Finding, Result, Text
+from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.hsic import (
     MAX_GROUPS,
@@ -47,8 +49,6 @@ from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import Layer
 
 LOWEST = 4
-# "Close to -1" is what the paper's figure shows; how close is ours.
-STRONG = 0.7
 
 
 def windows(heads: int) -> list[slice]:
@@ -122,19 +122,7 @@ class HeadSubsetsResult(Result):
 
     def findings(self) -> list[Finding]:
         """Raghu et al.'s claim of Figure 5 for each layer."""
-        if len(self.distance_px) < 3:
-            return []
-        vit, cnn = (model["name"] for model in self.meta["models"])
-        return [
-            Finding(
-                f"the more local the heads of {vit}, the more alike {layer} of {cnn}",
-                "Raghu et al. 2021, Fig. 5",
-                decide(-float(rho), float(error), STRONG, self.meta.get("replicates")),
-                f"Spearman's ρ over {len(self.distance_px)} subsets {plus_minus(rho, error)} (less "
-                f"than -{STRONG} asked)",
-            )
-            for layer, rho, error in zip(self.layers, self.rho, self.rho_se)
-        ]
+        return attention.head_subsets(self)
 
 
 GROUP = "compare"

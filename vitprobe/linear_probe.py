@@ -32,10 +32,12 @@ from vitprobe import cli
 from vitprobe.images.labelled import Task, open_task
 from vitprobe.images.sources import DEFAULT_SCENES
 from vitprobe.models.loading import Model
+from vitprobe.papers.raghu2021 import tokens
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, Text, combine, decide, plus_minus
-from vitprobe.running.measurement import Measurement, Watch, measure_one
+from vitprobe.results.result import Finding, Result, Text
+from vitprobe.running.measurement import Measurement, Watch
 from vitprobe.running.options import Options, option
+from vitprobe.running.passes import measure_one
 from vitprobe.running.probes import (
     READOUTS,
     TestCounts,
@@ -47,14 +49,12 @@ from vitprobe.running.probes import (
     vectors,
 )
 from vitprobe.running.session import Batch, Session
-from vitprobe.tracing.places import CLASS_TOKEN, CONVOLUTION, MEAN_OF_TOKENS, Placed, placed_layers
+from vitprobe.statistics.moments import variance_of_mean
+from vitprobe.tracing.places import Placed, placed_layers
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
-# "Far better", in numbers.
-FAR = 0.1
 # Colours of the token grid span at least this much accuracy.
 MIN_RANGE = 0.1
-OWN_READOUT = {CLASS_TOKEN: "CLS", MEAN_OF_TOKENS: "mean", CONVOLUTION: "mean"}
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ class LinearProbeResult(Result):
             count = len(self.models)
             figure = drawing.new_figure(3.1 * count + 1.2, 5.4)
             axes = figure.subplots(2, count, squeeze=False, height_ratios=(1.6, 1))
-            grids = [self._grid(self._last(m)) for m in range(count)]
+            grids = [self._grid(int(self.rows_of(m)[-1])) for m in range(count)]
             # One scale for all models, of at least some accuracy: chance is not to look like a map.
             low = min(float(grid.min()) for grid in grids)
             high = max(low + MIN_RANGE, *(float(grid.max()) for grid in grids))
             for m, grid in enumerate(grids):
                 self._lines(axes[0, m], m, by_model=False)
                 axes[0, m].sharey(axes[0, 0])
-                last = self._last(m)
+                last = int(self.rows_of(m)[-1])
                 image = drawing.heat_map(axes[1, m], grid, vmin=low, vmax=high)
                 axes[1, m].invert_yaxis()  # a picture's first row is at its top
                 axes[1, m].set(aspect="equal", xticks=[], yticks=[])
@@ -175,89 +175,11 @@ class LinearProbeResult(Result):
 
     def findings(self) -> list[Finding]:
         """Raghu et al.'s claims of Figures 11 and 13 on the trained models at hand."""
-        kinds = self.meta["kinds"]
-        found = []
-        for a, kind in enumerate(kinds):
-            if kind == CLASS_TOKEN:
-                found += [self._tokens_apart(a, b)
-                          for b, other in enumerate(kinds) if other == MEAN_OF_TOKENS]  # fmt: skip
-                if (self.model_of_layer == a).sum() > 2:
-                    found.append(self._late(a))
-            if kind in OWN_READOUT:
-                found.append(self._own_is_best(a, OWN_READOUT[kind]))
-        return found
-
-    def _difference(self, *terms: tuple[int, str, float]) -> tuple[float, float]:
-        """A weighted sum of accuracies (layer, readout, weight) and its standard error.
-
-        The draws are paired. That the test images are, too, is left out of account: wider errors.
-        """
-        places = [(layer, self.readouts.tolist().index(name)) for layer, name, _ in terms]
-        weights = [weight for *_, weight in terms]
-        draws = np.sum([w * self.accuracy_of_draw[:, i, r]
-                        for w, (i, r) in zip(weights, places)], axis=0)  # fmt: skip
-        p = [self.accuracy[place] for place in places]
-        tests = sum(w * w * v * (1 - v) for w, v in zip(weights, p)) / self.meta["n"]
-        return float(draws.mean()), float(np.sqrt(_variance_of_mean(draws) + tests))
-
-    def _last(self, model: int) -> int:
-        return int(self.rows_of(model)[-1])
-
-    def _at(self, layer: int, readout: str) -> str:
-        r = self.readouts.tolist().index(readout)
-        return f"{readout} {plus_minus(self.accuracy[layer, r], self.accuracy_se[layer, r])}"
-
-    def _tokens_apart(self, by_class: int, by_mean: int) -> Finding:
-        i, j = self._last(by_class), self._last(by_mean)
-        gap = self._difference((j, "tokens", 1), (i, "tokens", -1))
-        return Finding(
-            f"spatial tokens of the last block probe far better in {self.models[by_mean]} than in "
-            f"{self.models[by_class]}",
-            "Raghu et al. 2021, Fig. 11",
-            decide(*gap, FAR),
-            f"{self.models[by_mean]} {self._at(j, 'tokens')}, {self.models[by_class]} "
-            f"{self._at(i, 'tokens')}, difference {plus_minus(*gap)} (more than {FAR} asked)",
-        )
-
-    def _own_is_best(self, model: int, own: str) -> Finding:
-        last = self._last(model)
-        others = [name for name in ("tokens", "CLS", "first patch", "mean") if name != own]
-        # ``all`` is no aggregation: it holds every other readout.
-        others = [n for n in others
-                  if np.isfinite(self.accuracy[last, self.readouts.tolist().index(n)])]  # fmt: skip
-        gaps = [self._difference((last, own, 1), (last, name, -1)) for name in others]
-        return Finding(
-            f"the readout that {self.models[model]} was trained with ({own}) is its best at the "
-            f"last block",
-            "Raghu et al. 2021, Fig. 11",
-            combine([decide(*gap) for gap in gaps]),
-            ", ".join(self._at(last, name) for name in (own, *others)),
-        )
-
-    def _late(self, model: int) -> Finding:
-        rows = self.rows_of(model)
-        first, middle, last = int(rows[0]), int(rows[(len(rows) - 1) // 2]), int(rows[-1])
-        gap = self._difference((last, "CLS", 1), (middle, "CLS", -2), (first, "CLS", 1))
-        return Finding(
-            f"the class token of {self.models[model]} becomes useful late: it gains more accuracy "
-            f"in the second half of depth than in the first",
-            "Raghu et al. 2021, Fig. 11",
-            decide(*gap),
-            ", ".join(f"{self.layers[i]} {self._at(i, 'CLS')}" for i in (first, middle, last))
-            + f"; late gain minus early {plus_minus(*gap)}",
-        )
+        return tokens.linear_probe(self)
 
 
 GROUP = "tokens"
 RESULT = LinearProbeResult
-
-
-def _variance_of_mean(draws: np.ndarray) -> np.ndarray:
-    """Over the first axis; NaN for one draw."""
-    count = len(draws)
-    if count < 2:
-        return np.full(draws.shape[1:], np.nan)
-    return draws.var(0, ddof=1) / count
 
 
 @dataclass(frozen=True)
@@ -383,7 +305,7 @@ def _result(meta: dict[str, Any], counts: TestCounts, placed: list[Placed]) -> L
     return LinearProbeResult(
         meta,
         accuracy=accuracy,
-        accuracy_se=np.sqrt(_variance_of_mean(counts.accuracy) + tests),
+        accuracy_se=np.sqrt(variance_of_mean(counts.accuracy) + tests),
         layers=np.array([one.layer.label for one in placed]),
         readouts=np.array(READOUTS),
         model_of_layer=np.array([one.model for one in placed]),

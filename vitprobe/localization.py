@@ -28,19 +28,18 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from vitprobe import cli
+from vitprobe.papers.raghu2021 import tokens
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, Text, decide, plus_minus
+from vitprobe.results.result import Finding, Result, Text, plus_minus
 from vitprobe.results.tables import Label
-from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session, Sums
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, bootstrap_error, jackknife
 from vitprobe.statistics.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.places import (
-    CLASS_TOKEN,
-    CONVOLUTION,
-    MEAN_OF_TOKENS,
     Placed,
     Places,
     placed_layers,
@@ -50,9 +49,6 @@ DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
 MAX_MAP_SIDE = 16
 # The sums of all groups together; more layers or tokens mean fewer groups for the jackknife.
 SUM_BYTES = 2**28
-# Where the paper says "much less localised" and "tokens peak", a number has to be chosen: ours are
-# less than half the contrast, and more than half of the interior tokens.
-MUCH_LESS, MOST = 0.5, 0.5
 # Colours span at least this much CKA, so that the noise of a flat map does not look like a map.
 MIN_RANGE = 0.1
 
@@ -219,51 +215,7 @@ class LocalizationResult(Result):
 
     def findings(self) -> list[Finding]:
         """Raghu et al.'s claims of Figures 9 and 10 on the trained models at hand."""
-        last, kinds = self._last_layers(), self.meta["kinds"]
-        by_class = [m for m, kind in enumerate(kinds) if kind == CLASS_TOKEN]
-        found = [self._peaks(m, last[m]) for m in by_class]
-        for m, kind in enumerate(kinds):
-            if kind in (MEAN_OF_TOKENS, CONVOLUTION):
-                source = "Fig. 10" if kind == MEAN_OF_TOKENS else "Fig. 9"
-                found += [self._less_localised(last[m], last[a], source) for a in by_class]
-            if kind == CONVOLUTION and (self.model_of_layer == m).sum() > 2:
-                found.append(self._earlier_unit(m, last[m]))
-        return found
-
-    def _peaks(self, model: int, layer: int) -> Finding:
-        share = self.peak_share[layer], self.peak_share_se[layer]
-        return Finding(
-            f"interior tokens of {self.models[model]} peak at their own patch",
-            "Raghu et al. 2021, Fig. 9",
-            decide(*share, MOST, self.meta.get("replicates")),
-            f"{self.layers[layer]}: share {plus_minus(*share)} (more than {MOST} asked)",
-        )
-
-    def _less_localised(self, less: int, more: int, source: str) -> Finding:
-        # Both saw the same batches; taking the two as independent errs on the wide side.
-        gap = MUCH_LESS * self.contrast[more] - self.contrast[less]
-        error = np.hypot(MUCH_LESS * self.contrast_se[more], self.contrast_se[less])
-        names = [self.models[self.model_of_layer[i]] for i in (less, more)]
-        numbers = [plus_minus(self.contrast[i], self.contrast_se[i]) for i in (less, more)]
-        return Finding(
-            f"the last block of {names[0]} is much less localised than that of {names[1]}",
-            f"Raghu et al. 2021, {source}",
-            decide(float(gap), float(error), 0.0, self.meta.get("replicates")),
-            f"contrast {numbers[0]} against {numbers[1]} (less than {MUCH_LESS} of it asked)",
-        )
-
-    def _earlier_unit(self, model: int, last: int) -> Finding:
-        rows = self.rows_of(model)
-        middle = rows[len(rows) // 2]
-        gap = float(self.contrast[middle] - self.contrast[last])
-        error = float(np.hypot(self.contrast_se[middle], self.contrast_se[last]))
-        return Finding(
-            f"an earlier unit of {self.models[model]} is more localised than its last",
-            "Raghu et al. 2021, Appendix D",
-            decide(gap, error, 0.0, self.meta.get("replicates")),
-            f"contrast of {self.layers[middle]} minus that of {self.layers[last]}: "
-            f"{plus_minus(gap, error)}",
-        )
+        return tokens.localization(self)
 
 
 GROUP = "tokens"

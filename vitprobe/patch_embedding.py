@@ -25,17 +25,15 @@ from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.models.example import at_an_example
 from vitprobe.models.loading import Model, load_models
+from vitprobe.papers import dosovitskiy2021
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, Text, decide
+from vitprobe.results.result import Finding, Result, Text
 from vitprobe.results.tables import Label
 from vitprobe.running.measurement import WeightsMeasurement
 from vitprobe.running.session import models_meta
 from vitprobe.tracing.stem import stem_filters
 
 COMPONENTS, ROWS, COLUMNS = 28, 4, 7
-# White noise has a smoothness of 0 and a picture nearly 1; "smooth" is ours.
-SMOOTH = 0.5
-LEADING = 4
 
 
 def principal_components(filters: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,17 +56,6 @@ def principal_components(filters: np.ndarray, count: int) -> tuple[np.ndarray, n
     components[:kept] = (rows * signs[:, None])[:kept]
     ratio[:kept] = (singular**2 / (singular**2).sum())[:kept]
     return components, ratio
-
-
-def smoothness(tile: np.ndarray) -> float:
-    """Correlation of neighbouring weights of a tile (height, width, channels), within channels.
-
-    About 0, not about the tile's mean: a tile of one colour is the smoothest that there is, and
-    white noise has a correlation of 0 also where tiles are small.
-    """
-    power = (tile**2).mean()
-    beside = (tile[:, 1:] * tile[:, :-1]).mean() + (tile[1:] * tile[:-1]).mean()
-    return float(beside / (2 * power)) if power > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -164,24 +151,7 @@ class PatchEmbeddingResult(Result):
 
     def findings(self) -> list[Finding]:
         """Dosovitskiy et al.'s claim on the leading components; an untrained stem has noise."""
-        found = []
-        for model, about in enumerate(self.meta["models"]):
-            tiles = self.of(model)[:LEADING]
-            if not len(tiles) or min(tiles.shape[1:3]) < 2:
-                continue
-            value = float(np.mean([smoothness(tile) for tile in tiles]))
-            numbers = (
-                f"correlation of neighbouring weights, mean of the first {len(tiles)} components: "
-                f"{value:.3f} (0 for white noise, {SMOOTH} asked)"
-            )
-            name, source = about["name"], "Dosovitskiy et al. 2021, Fig. 7 left"
-            if about["weights"].startswith("random"):
-                claim = f"leading components of the untrained stem of {name} are not smooth"
-                found.append(Finding(claim, source, decide(-value, 0.0, -SMOOTH), numbers))
-            else:
-                claim = f"leading components of the stem of {name} are smooth"
-                found.append(Finding(claim, source, decide(value, 0.0, SMOOTH), numbers))
-        return found
+        return dosovitskiy2021.patch_embedding(self)
 
 
 GROUP = "weights"

@@ -20,15 +20,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.models.example import at_an_example
 from vitprobe.models.loading import Model, load_models
+from vitprobe.papers import dosovitskiy2021
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, Text, decide
+from vitprobe.results.result import Finding, Result, Text
 from vitprobe.results.tables import Label
 from vitprobe.running.measurement import WeightsMeasurement
 from vitprobe.running.options import option
@@ -184,82 +184,7 @@ class PositionEmbeddingResult(Result):
 
     def findings(self) -> list[Finding]:
         """Dosovitskiy et al.'s claims on similarity against distance, rows and columns."""
-        found = []
-        structure = {}
-        for table, about in enumerate(self.meta["tables"]):
-            if min(about["grid"]) < 3 or not np.isfinite(self.of(table)).all():
-                continue
-            rho, axial = decay(self.of(table)), axis_gain(self.of(table))
-            structure[table] = rho
-            found.append(
-                Finding(
-                    f"embeddings of {about['label']} are the more alike the nearer the patches",
-                    "Dosovitskiy et al. 2021, Fig. 7 centre",
-                    decide(-rho, 0.0, 0.5),
-                    f"Spearman correlation of similarity with distance {rho:.3f} (less than -0.5 "
-                    f"asked)",
-                )
-            )
-            found.append(
-                Finding(
-                    f"patches in one row or column are more alike in {about['label']} than others "
-                    f"as far apart",
-                    "Dosovitskiy et al. 2021, Fig. 7 centre",
-                    decide(axial, 0.0),
-                    f"mean difference of similarity at equal distance {axial:.3f}",
-                )
-            )
-        untrained = {t: self._untrained(about) for t, about in enumerate(self.meta["tables"])}
-        for table, rho in structure.items():
-            for other, blank in structure.items():
-                same_grid = np.array_equal(
-                    *(self.meta["tables"][t]["grid"] for t in (table, other))
-                )
-                if same_grid and not untrained[table] and untrained[other]:
-                    labels = [self.meta["tables"][t]["label"] for t in (table, other)]
-                    found.append(
-                        Finding(
-                            f"{labels[0]} has a structure that {labels[1]} lacks",
-                            "Dosovitskiy et al. 2021, Fig. 7 centre",
-                            decide(abs(rho) - abs(blank), 0.0, 0.25),
-                            f"Spearman correlation of similarity with distance {rho:.3f} against "
-                            f"{blank:.3f} (0.25 more asked)",
-                        )
-                    )
-        return found
-
-    def _untrained(self, about: dict[str, Any]) -> bool:
-        return self.meta["models"][about["model"]]["weights"].startswith("random")
-
-
-def _pairs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Similarity, squared distance, and whether in one row or column, of all pairs of patches."""
-    rows, columns = values.shape[:2]
-    y, x = np.indices((rows, columns))
-    dy = (y[:, :, None, None] - y).ravel()
-    dx = (x[:, :, None, None] - x).ravel()
-    other = (dy != 0) | (dx != 0)
-    return values.ravel()[other], (dy**2 + dx**2)[other], ((dy == 0) | (dx == 0))[other]
-
-
-def decay(values: np.ndarray) -> float:
-    """Spearman correlation of similarity with distance over all pairs of different patches."""
-    alike, squared, _ = _pairs(values)
-    return float(spearmanr(alike, squared).statistic) if np.ptp(alike) > 0 else 0.0
-
-
-def axis_gain(values: np.ndarray) -> float:
-    """Mean similarity within a row or column minus that of other pairs of the same length.
-
-    Other pairs of exactly that length are rare on a grid: their mean similarity is interpolated
-    between the lengths that they have.
-    """
-    alike, squared, axial = _pairs(values)
-    lengths = np.unique(squared[~axial])
-    means = np.array([alike[~axial & (squared == one)].mean() for one in lengths])
-    inside = axial & (squared >= lengths[0]) & (squared <= lengths[-1])
-    expected = np.interp(np.sqrt(squared[inside]), np.sqrt(lengths), means)
-    return float((alike[inside] - expected).mean())
+        return dosovitskiy2021.position_embedding(self)
 
 
 def _mosaic(tiles: np.ndarray) -> np.ndarray:

@@ -41,8 +41,9 @@ from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text, plain
 from vitprobe.running import processes
 from vitprobe.running.centre_plans import failed, no_gradient, plan_of
-from vitprobe.running.measurement import Measurement, Watch, measure_one
+from vitprobe.running.measurement import Measurement, Watch
 from vitprobe.running.options import Options
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.fields import SHARES, reaches_border, summarise
 from vitprobe.statistics.fields import area as area

@@ -27,22 +27,22 @@ import torch
 from torch import Tensor
 
 from vitprobe import cli
-from vitprobe.errors import NotApplicable, VitprobeError, nearest
+from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import Model
+from vitprobe.papers.raghu2021 import skips
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, Text, decide, plus_minus
-from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.results.result import Finding, Result, Text
+from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
+from vitprobe.tracing.ablation import block_names, choose_blocks
+from vitprobe.tracing.ablation import sides as sides_of
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import Layer, LayerMap
 from vitprobe.tracing.trace import AdditionHooks
 
-# The paper's blocks 1, 7 and 10 of 12, as fractions of the depth.
-DEPTHS = (1 / 12, 7 / 12, 10 / 12)
-# How much CKA across the block has to lose to have collapsed: ours.
-COLLAPSE = 0.1
 MARK = drawing.COLOURS[5]
 # Four passes of every model over the bundled scenes stay under a minute on two cores.
 DEFAULT_SCENES = 128
@@ -173,28 +173,7 @@ class SkipAblationResult(Result):
 
     def findings(self) -> list[Finding]:
         """Raghu et al.'s claim of Figure 8 for every block without skips."""
-        trained = self.meta["trained_without"]
-        source = "Raghu et al. 2021, Fig. 8"
-        if not trained:
-            source += ", there for networks trained without, here removed at test time"
-        found = []
-        for panel in np.flatnonzero(self.block != ""):
-            name, block = self.models[self.model_of_panel[panel]], self.block[panel]
-            value, error = self.means[panel], self.means_se[panel]
-            loss, loss_se = self.loss[panel].tolist()
-            found.append(
-                Finding(
-                    f"without the skips of {block}, {self.meta['experiment']}, layers of {name} "
-                    f"before and after it are no longer alike",
-                    source,
-                    decide(loss, loss_se, COLLAPSE, self.meta.get("replicates")),
-                    f"mean CKA across the block {plus_minus(value[0], error[0])}, with skips "
-                    f"{plus_minus(value[2], error[2])}, loss {plus_minus(loss, loss_se)} (more "
-                    f"than {COLLAPSE} asked); within the sides {plus_minus(value[1], error[1])}, "
-                    f"with skips {plus_minus(value[3], error[3])}",
-                )
-            )
-        return found
+        return skips.ablation(self)
 
 
 GROUP = "compare"
@@ -309,7 +288,7 @@ class _Watch(Watch):
         for p, panel in enumerate(panels):
             names[p, : len(panel.layers)] = [layer.label for layer in panel.layers]
             if panel.block:
-                sides[p, : len(panel.layers)] = _sides(panel.found, panel.layers, panel.block)
+                sides[p, : len(panel.layers)] = sides_of(panel.found, panel.layers, panel.block)
         means, error = jackknife(
             lambda total: _means(normalise(total).cpu(), panels, sides), sums, self.used
         )
@@ -374,43 +353,6 @@ def _panels(
     return panels
 
 
-def block_names(found: LayerMap) -> list[str]:
-    """The modules that make residual additions, in forward order."""
-    return list(dict.fromkeys(a.module for a in found.trace.additions if a.module))
-
-
-def choose_blocks(found: LayerMap, asked: Sequence[str | int] | None) -> list[str]:
-    """Names of blocks, asked for by name or index."""
-    known = block_names(found)
-    if not known:
-        raise NotApplicable(
-            f"{found.model} has no residual additions: no skips to remove.", found.model
-        )
-    if asked is None:
-        asked = [min(len(known) - 1, max(1, round(len(known) * depth))) for depth in DEPTHS]
-    chosen = []
-    for one in asked:
-        if str(one).lstrip("-").isdigit():
-            if not -len(known) <= int(one) < len(known):
-                raise VitprobeError(
-                    f"{found.model} has no block {one}: it has {len(known)}, from 0 "
-                    f"({known[0]}) to {len(known) - 1} ({known[-1]})."
-                )
-            one = known[int(one)]
-        if one not in known:
-            raise VitprobeError(f"{found.model} has no block {one!r}.{nearest(str(one), known)}")
-        chosen.append(str(one))
-    return list(dict.fromkeys(chosen))
-
-
-def _sides(found: LayerMap, layers: list[Layer], block: str) -> list[int]:
-    """0 for what stands before the block, 2 from its output on, 1 between."""
-    call = next(call for call in found.trace.calls if call.name == block)
-    sums = [a.started for a in found.trace.additions if a.module == block]
-    output = max(sums, default=call.finished)
-    return [0 if la.time <= call.started else 2 if la.time >= output else 1 for la in layers]
-
-
 def _means(values: Tensor, panels: list[_Panel], sides: np.ndarray) -> Tensor:
     """(panels, 5): across and within, the same with skips, and the loss across."""
 
@@ -428,7 +370,7 @@ def _means(values: Tensor, panels: list[_Panel], sides: np.ndarray) -> Tensor:
         side = sides[p]
         if panels[panel.base].found is not panel.found:
             with_skips = np.ones_like(side)
-            names = _sides(panels[panel.base].found, panels[panel.base].layers, panel.block)
+            names = sides_of(panels[panel.base].found, panels[panel.base].layers, panel.block)
             with_skips[: len(names)] = names
         else:
             with_skips = side

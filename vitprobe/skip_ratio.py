@@ -28,17 +28,17 @@ import torch
 from torch import Tensor
 
 from vitprobe import cli
-from vitprobe.errors import NotApplicable
+from vitprobe.papers.raghu2021 import skips
 from vitprobe.results import drawing
-from vitprobe.results.result import Finding, Result, Text, combine, decide, plus_minus
-from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.results.result import Finding, Result, Text
+from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.statistics.norms import PIECE, exact, held
-from vitprobe.tracing.branches import ATTENTION, CONVOLUTION, MLP, branch_kind
-from vitprobe.tracing.layers import Layer, LayerMap
-from vitprobe.tracing.places import Places, find_places
+from vitprobe.tracing.branches import ATTENTION, CONVOLUTION, MLP
+from vitprobe.tracing.skips import find_skips
 from vitprobe.tracing.trace import AdditionHooks
 
 _LINES = {ATTENTION: "-", MLP: "--", CONVOLUTION: "-"}
@@ -176,7 +176,7 @@ class SkipRatioResult(Result):
         for one, kind in zip(axes, kinds):
             shown = values[self.of(model, kind), :tokens]
             image = drawing.heat_map(one, shown, vmin=low, vmax=max(high, low + 1e-6))
-            number = self._class_token(model)
+            number = self.class_token(model)
             one.set_xlabel("token" + ("" if number is None else f", {number} = class"))
             names = [str(name) for name in self.layers[self.of(model, kind)]]
             drawing.layer_axis(one.yaxis, names, "")
@@ -186,7 +186,7 @@ class SkipRatioResult(Result):
         bar.set_ticks(np.log10(ticks).tolist(), labels=labels)
         bar.set_label("‖z‖ / ‖f(z)‖")
 
-    def _class_token(self, model: int) -> int | None:
+    def class_token(self, model: int) -> int | None:
         layout = self.meta["layouts"][model]
         # Files of earlier versions hold tokens before the patches only.
         return layout.get("class_token", 0) if layout["has_class"] else None
@@ -202,7 +202,7 @@ class SkipRatioResult(Result):
         )  # fmt: skip
         colours = cycle(drawing.COLOURS)
         for model, name in enumerate(self.models):
-            order, number = self.of(model), self._class_token(model)
+            order, number = self.of(model), self.class_token(model)
             there = np.setdiff1d(np.arange(values.shape[1]), self._without_place(model))
             mean = self.spatial if what == "ratio" else _nanmean(values[:, there])
             error = self.spatial_se if what == "ratio" else np.full_like(mean, np.nan)
@@ -246,40 +246,8 @@ class SkipRatioResult(Result):
         return text
 
     def findings(self) -> list[Finding]:
-        """Raghu et al.'s claims of Figure 7 for every model with a class token, and every pair."""
-        source, layouts = "Raghu et al. 2021, Fig. 7", self.meta["layouts"]
-        logs = np.stack([self.log_ratio, self.log_ratio_se], axis=2).tolist()
-        found = []
-        decided = partial(decide, replicates=self.meta["n"])
-        for model, name in enumerate(self.models):
-            first, second, _ = logs[model]
-            if self._class_token(model) is None:
-                continue
-            found.append(
-                Finding(
-                    f"in {name} the class token's ratio is above the spatial tokens' in the first "
-                    f"half, below in the second",
-                    source,
-                    combine([decided(*first), decided(-second[0], second[1])]),
-                    f"mean log ratio of class token minus spatial: first half "
-                    f"{plus_minus(*first)}, second half {plus_minus(*second)}",
-                )
-            )
-        for a, b in product(range(len(layouts)), repeat=2):
-            if not layouts[a]["attends"] or layouts[b]["attends"]:
-                continue
-            vit, cnn = logs[a][2], logs[b][2]
-            difference = vit[0] - cnn[0], float(np.hypot(vit[1], cnn[1]))
-            found.append(
-                Finding(
-                    f"the ratios of {self.models[a]} are above those of {self.models[b]}",
-                    source,
-                    decided(*difference),
-                    f"mean log ratio over locations and additions {plus_minus(*vit)} and "
-                    f"{plus_minus(*cnn)}, difference {plus_minus(*difference)}",
-                )
-            )
-        return found
+        """Raghu et al.'s claims of Figure 7."""
+        return skips.ratio(self)
 
 
 GROUP = "tokens"
@@ -303,7 +271,11 @@ class _Watch(Watch):
     """Norms and products of skip and branch at every residual addition."""
 
     def __init__(self, ready: Session) -> None:
-        self.plans = [_plan(ready, m) for m in range(len(ready.models))]
+        with ready.autocast():
+            self.plans = [
+                find_skips(ready.layers(m), model.module, example)
+                for m, (model, example) in enumerate(zip(ready.models, ready.example()))
+            ]
         self.labels = [layer.label for plan in self.plans for layer in plan.layers]
         self.starts = np.cumsum([0, *(len(plan.layers) for plan in self.plans)]).tolist()
         size = len(self.labels), max(plan.tokens for plan in self.plans)
@@ -372,80 +344,6 @@ def measure(models: Any, images: Any = None, **options: Any) -> SkipRatioResult:
             that are not finite.
     """
     return measure_one(SkipRatio(), models, images, Options(**options))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The additions of a model, and how each tensor is read."""
-
-    layers: list[Layer]
-    axes: list[int]  # of the channels, images first
-    kinds: list[str]
-    tokens: int
-    without_place: list[tuple[int, ...]]  # tokens of each addition
-    layout: dict[str, Any]
-
-
-def _plan(ready: Session, m: int) -> _Plan:
-    model, found, example = ready.models[m], ready.layers(m), ready.example()[m]
-    layers = [layer for layer in found.layers if layer.addition is not None]
-    if not layers:
-        raise NotApplicable(
-            f"{model.name} has no residual additions: no skips to measure.", model.name
-        )
-    with ready.autocast():
-        places = [
-            one if isinstance(one, Places) else None
-            for one in find_places(model.module, layers, example)
-        ]
-    counts = {_tokens(layer, place) for layer, place in zip(layers, places)}
-    apart = len(counts) == 1 and 0 not in counts
-    axes = [
-        _feature_axis(layer, place) if place else _axis(layer, found)
-        for layer, place in zip(layers, places)
-    ]
-    bare = [place.without_place if place else () for place in places]
-    # Tokens have columns of their own where they stay the same ones.
-    known = places[0] if apart and len(set(bare)) == 1 else None
-    return _Plan(
-        layers,
-        axes,
-        [branch_kind(layer.addition, found.modules) for layer in layers if layer.addition],
-        counts.pop() if apart else 1,
-        bare,
-        {
-            "tokens": _tokens(layers[0], places[0]) if apart else 1,
-            "without_place": sorted(known.without_place) if known else [],
-            "class_token": known.class_token if known else None,
-            "has_class": bool(known and known.has_class),
-            "attends": found.has_attention,
-        },
-    )
-
-
-def _tokens(layer: Layer, places: Places | None) -> int:
-    """How many tokens a layer has; 0 where it is a map."""
-    if places is None:
-        return layer.shape[0] if len(layer.shape) == 2 else 0
-    return 0 if places.is_map else places.lengths[0]
-
-
-def _feature_axis(layer: Layer, places: Places) -> int:
-    features = [axis for axis in range(1, len(layer.shape) + 1) if axis not in places.axes]
-    return features[0] if len(features) == 1 else -1
-
-
-def _axis(layer: Layer, found: LayerMap) -> int:
-    """The channel axis where the shape does not tell: as many as the branch's last layer has."""
-    if layer.fold > 1 or layer.addition is None:
-        return -1
-    for name in reversed(layer.addition.branch_modules):
-        module = found.modules[name]
-        features = getattr(module, "out_channels", getattr(module, "out_features", None))
-        if features is not None:
-            fitting = [axis for axis, size in enumerate(layer.shape, 1) if size == features]
-            return fitting[0] if len(fitting) == 1 else -1
-    return -1
 
 
 def _finite(values: Tensor) -> Tensor:

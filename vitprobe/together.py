@@ -9,8 +9,9 @@ from typing import Any
 
 from vitprobe.catalogue import measurements
 from vitprobe.errors import VitprobeError, nearest
-from vitprobe.running.measurement import Measurement, Results, measure_each
+from vitprobe.running.measurement import Measurement
 from vitprobe.running.options import Options
+from vitprobe.running.passes import Results, measure_each
 
 
 def measure_all(

@@ -30,8 +30,9 @@ from vitprobe.papers import darcet2024
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text
 from vitprobe.running.grids import on_grids
-from vitprobe.running.measurement import Measurement, Watch, check_finite, measure_one
+from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
+from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics import log_histogram
 from vitprobe.statistics.hsic import jackknife

@@ -35,8 +35,9 @@ from vitprobe.results.result import Result, load_result
 from vitprobe.results.writing import write_atomically
 from vitprobe.running import processes
 from vitprobe.running.checkpoint import UntilWritten
-from vitprobe.running.measurement import Measurement, Results, measure_each
+from vitprobe.running.measurement import Measurement
 from vitprobe.running.options import Options
+from vitprobe.running.passes import Results, measure_each
 from vitprobe.together import measurement_class
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")

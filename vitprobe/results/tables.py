@@ -17,14 +17,11 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vitprobe.errors import VitprobeError, nearest
-
-if TYPE_CHECKING:
-    from vitprobe.results.result import Result
 
 SECOND = "_2"
 ERROR = "_se"
@@ -46,7 +43,22 @@ class Label:
     axes: tuple[str, ...]
 
 
-def long_table(result: Result, quantities: Sequence[str] = ()) -> dict[str, np.ndarray]:
+class Tabular(Protocol):
+    """What a table is made of; every ``Result`` has it."""
+
+    @property
+    def analysis(self) -> str: ...
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def names(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def models(self) -> list[str]: ...
+    def arrays(self) -> dict[str, np.ndarray]: ...
+    def labels(self) -> list[Label]: ...
+
+
+def long_table(result: Tabular, quantities: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Columns of one length: ``quantity``, where, ``value``, ``standard_error``.
 
     Args:
@@ -117,7 +129,7 @@ def _error_of(name: str) -> str:
     return name.removesuffix("_px") + ERROR
 
 
-def _rows(result: Result, arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+def _rows(result: Tabular, arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     """The columns of one quantity."""
     values, axes = arrays[name].astype(np.float64), result.axes[name]
     there = ~np.isnan(values)
@@ -141,7 +153,7 @@ def _rows(result: Result, arrays: dict[str, np.ndarray], name: str) -> dict[str,
     return columns
 
 
-def _labels(result: Result, arrays: dict[str, np.ndarray]) -> list[Label]:
+def _labels(result: Tabular, arrays: dict[str, np.ndarray]) -> list[Label]:
     """Everything that says where a number stands."""
     labels = [Label("model", np.array(result.models), ("model",)), *result.labels()]
     texts = [name for name in result.axes if arrays[name].dtype.kind == "U"]

@@ -33,3 +33,11 @@ def mean_and_error(sums: dict[str, Tensor], name: str) -> tuple[np.ndarray, np.n
     spread = (squares / count - mean.square()).clamp_min(0)
     error = (spread / (count - 1).where(count > 1, torch.nan)).sqrt()
     return mean.cpu().numpy(), error.cpu().numpy()
+
+
+def variance_of_mean(draws: np.ndarray) -> np.ndarray:
+    """Over the first axis; NaN for one draw."""
+    count = len(draws)
+    if count < 2:
+        return np.full(draws.shape[1:], np.nan)
+    return draws.var(0, ddof=1) / count

@@ -65,7 +65,10 @@ def statistics(
             # The place of a maximum jumps.
             place, spread = depth(hsic.sum(0)), bootstrap_error(depth, hsic, sums["used"])
             found["match_depth"] = [plain(float(place)), plain(float(spread))]
-            pairs.append({"attention": names[a], "convolution": names[b], **found})
+            counts = [count, len(rows[b])]
+            pairs.append(
+                {"attention": names[a], "convolution": names[b], "layers": counts, **found}
+            )
     return pairs
 
 
@@ -110,6 +113,8 @@ def findings(pairs: list[dict[str, Any]], replicates: int | None = None) -> list
     found = []
     for pair in pairs:
         vit, cnn = pair["attention"], pair["convolution"]
+        # Files of earlier versions do not say how many layers there were.
+        over = f"{pair['layers'][0]} and {pair['layers'][1]} layers" if "layers" in pair else ""
         spread, stages, depth, late = (
             pair[key] for key in ("spread", "stages", "match_depth", "late")
         )
@@ -119,9 +124,11 @@ def findings(pairs: list[dict[str, Any]], replicates: int | None = None) -> list
                 "Raghu et al. 2021, Fig. 1",
                 combine([decided(spread[0], spread[1], CLEARLY), decided(*stages)]),
                 f"mean CKA of lowest and highest third: {vit} {plus_minus(*pair['vit'])}, "
-                f"{cnn} {plus_minus(*pair['cnn'])}, difference {plus_minus(*spread)} (more "
-                f"than {CLEARLY} asked); {cnn} within minus between stages, equally far "
-                f"apart, {plus_minus(*stages)}",
+                f"{cnn} {plus_minus(*pair['cnn'])}, difference {plus_minus(*spread)} (threshold "
+                f"> {CLEARLY}); {cnn} within minus between stages, equally far "
+                f"apart, {plus_minus(*stages)} (threshold > 0)",
+                "ViT uniform, CNN in stages",
+                over,
             )
         )
         depth_left = (None if depth[0] is None else EARLY_DEPTH - depth[0], depth[1])
@@ -131,9 +138,11 @@ def findings(pairs: list[dict[str, Any]], replicates: int | None = None) -> list
                 f"third is less like any of {cnn}",
                 "Raghu et al. 2021, Fig. 2",
                 combine([decided(*depth_left), decided(*late)]),
-                f"best-matching depth in {vit} {plus_minus(*depth)} (at most {EARLY_DEPTH} "
-                f"asked); CKA with its first two thirds minus its last, least over the layers "
-                f"of {cnn}: {plus_minus(*late)}",
+                f"best-matching depth in {vit} {plus_minus(*depth)} "
+                f"(threshold < {EARLY_DEPTH}); CKA with its first two thirds minus its last, "
+                f"least over the layers of {cnn}: {plus_minus(*late)} (threshold > 0)",
+                "CNN like the ViT's lowest layers",
+                over,
             )
         )
     return found

@@ -112,13 +112,17 @@ def findings(result: Any) -> list[Finding]:
     decided = partial(decide, replicates=result.meta.get("replicates"))
     for before, one in zip([None, *result.meta["same_depth"]], result.meta["same_depth"]):
         a, b = one["pair"]
+        over = f"{len(result.rows_of(a))} layers"
         found.append(
             Finding(
                 f"{names[a]} and {names[b]} are less alike at the same depth, the deeper it is",
                 "Raghu et al. 2021, Fig. 12",
                 decided(*one["fall"]),
                 f"mean CKA of the lowest third minus that of the highest: "
-                f"{plus_minus(*one['fall'])}; of all layers {plus_minus(*one['mean'])}",
+                f"{plus_minus(*one['fall'])} (threshold > 0); of all layers "
+                f"{plus_minus(*one['mean'])}",
+                "less alike the deeper",
+                over,
             )
         )
         if before is not None and "rise" in one:
@@ -129,7 +133,9 @@ def findings(result: Any) -> list[Finding]:
                     "Raghu et al. 2021, Fig. 12",
                     decided(*one["rise"]),
                     f"mean CKA at the same depth {plus_minus(*one['mean'])}, "
-                    f"{plus_minus(*one['rise'])} above the pair before",
+                    f"{plus_minus(*one['rise'])} above the pair before (threshold > 0)",
+                    "more alike with more data",
+                    over,
                 )
             )
     return found

@@ -1,0 +1,95 @@
+"""Claims of Dosovitskiy et al. 2021 (arXiv 2010.11929), Figure 7, on the weights that embed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vitprobe.results.result import Finding, decide
+from vitprobe.statistics.grids import axis_gain, decay, smoothness
+
+# White noise has a smoothness of 0 and a picture nearly 1; "smooth" is ours.
+SMOOTH = 0.5
+LEADING = 4
+
+
+def patch_embedding(result: Any) -> list[Finding]:
+    """Dosovitskiy et al.'s claim on the leading components; an untrained stem has noise."""
+    found = []
+    for model, about in enumerate(result.meta["models"]):
+        tiles = result.of(model)[:LEADING]
+        if not len(tiles) or min(tiles.shape[1:3]) < 2:
+            continue
+        value = float(np.mean([smoothness(tile) for tile in tiles]))
+        numbers = (
+            f"correlation of neighbouring weights, mean of the first {len(tiles)} components: "
+            f"{value:.3f} (0 for white noise; threshold > {SMOOTH})"
+        )
+        name, source = about["name"], "Dosovitskiy et al. 2021, Fig. 7 left"
+        if about["weights"].startswith("random"):
+            claim = f"leading components of the untrained stem of {name} are not smooth"
+            found.append(
+                Finding(
+                    claim, source, decide(-value, 0.0, -SMOOTH), numbers, "untrained stem is noise"
+                )
+            )
+        else:
+            claim = f"leading components of the stem of {name} are smooth"
+            found.append(
+                Finding(
+                    claim, source, decide(value, 0.0, SMOOTH), numbers, "smooth leading filters"
+                )
+            )
+    return found
+
+
+def position_embedding(result: Any) -> list[Finding]:
+    """Dosovitskiy et al.'s claims on similarity against distance, rows and columns."""
+    found = []
+    structure = {}
+    for table, about in enumerate(result.meta["tables"]):
+        if min(about["grid"]) < 3 or not np.isfinite(result.of(table)).all():
+            continue
+        rho, axial = decay(result.of(table)), axis_gain(result.of(table))
+        structure[table] = rho
+        found.append(
+            Finding(
+                f"embeddings of {about['label']} are the more alike the nearer the patches",
+                "Dosovitskiy et al. 2021, Fig. 7 centre",
+                decide(-rho, 0.0, 0.5),
+                f"Spearman correlation of similarity with distance {rho:.3f} (threshold < -0.5)",
+                "nearer patches more alike",
+            )
+        )
+        found.append(
+            Finding(
+                f"patches in one row or column are more alike in {about['label']} than others "
+                f"as far apart",
+                "Dosovitskiy et al. 2021, Fig. 7 centre",
+                decide(axial, 0.0),
+                f"mean difference of similarity at equal distance {axial:.3f}",
+                "rows and columns more alike",
+            )
+        )
+    untrained = {t: _untrained(result, about) for t, about in enumerate(result.meta["tables"])}
+    for table, rho in structure.items():
+        for other, blank in structure.items():
+            same_grid = np.array_equal(*(result.meta["tables"][t]["grid"] for t in (table, other)))
+            if same_grid and not untrained[table] and untrained[other]:
+                labels = [result.meta["tables"][t]["label"] for t in (table, other)]
+                found.append(
+                    Finding(
+                        f"{labels[0]} has a structure that {labels[1]} lacks",
+                        "Dosovitskiy et al. 2021, Fig. 7 centre",
+                        decide(abs(rho) - abs(blank), 0.0, 0.25),
+                        f"Spearman correlation of similarity with distance {rho:.3f} against "
+                        f"{blank:.3f} (threshold > 0.25)",
+                        "structure that untrained tables lack",
+                    )
+                )
+    return found
+
+
+def _untrained(result: Any, about: dict[str, Any]) -> bool:
+    return result.meta["models"][about["model"]]["weights"].startswith("random")

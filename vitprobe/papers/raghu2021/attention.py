@@ -1,0 +1,82 @@
+"""Claims on attention: Figures 3 and 5."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from vitprobe.results.result import Finding, combine, decide, plus_minus
+
+# The papers say "local", "global" and "mostly global"; fractions of uniform attention are ours.
+LOCAL, GLOBAL = 0.5, 0.75
+# "Close to -1" is what the paper's figure shows; how close is ours.
+STRONG = 0.7
+
+
+def distance(result: Any) -> list[Finding]:
+    """The claims of Raghu et al.'s Figure 3 for every model with global attention."""
+    found = []
+    decided = partial(decide, replicates=result.meta["n"])
+    for model, name in enumerate(result.models):
+        rows = result.of(model)
+        if not result.meta["global"][model] or len(rows) < 4:
+            continue
+        share = result.distance_px[rows] / result.uniform_px[rows][:, None]
+        error = result.distance_se[rows] / result.uniform_px[rows][:, None]
+        nearest, widest = _pick(share[:2], error[:2], 0), _pick(share[:2], error[:2], -1)
+        middle = _pick(share[-2:], error[-2:], None)
+        found.append(
+            Finding(
+                f"the lowest blocks of {name} hold both local and global heads",
+                "Raghu et al. 2021, Fig. 3",
+                combine(
+                    [decided(-nearest[0], nearest[1], -LOCAL), decided(*widest, GLOBAL)]
+                ),
+                f"distance over that of uniform attention: most local head "
+                f"{plus_minus(*nearest)} (threshold < {LOCAL}), most global head "
+                f"{plus_minus(*widest)} (threshold > {GLOBAL})",
+                "local and global heads below",
+                f"the lowest 2 of {len(rows)} attention layers",
+            )
+        )  # fmt: skip
+        found.append(
+            Finding(
+                f"the highest blocks of {name} attend mostly globally",
+                "Raghu et al. 2021, Fig. 3",
+                decided(*middle, GLOBAL),
+                f"distance over that of uniform attention, median head "
+                f"{plus_minus(*middle)} (threshold > {GLOBAL})",
+                "mostly global heads above",
+                f"the highest 2 of {len(rows)} attention layers",
+            )
+        )
+    return found
+
+
+def head_subsets(result: Any) -> list[Finding]:
+    """Raghu et al.'s claim of Figure 5 for each layer."""
+    if len(result.distance_px) < 3:
+        return []
+    vit, cnn = (model["name"] for model in result.meta["models"])
+    return [
+        Finding(
+            f"the more local the heads of {vit}, the more alike {layer} of {cnn}",
+            "Raghu et al. 2021, Fig. 5",
+            decide(-float(rho), float(error), STRONG, result.meta.get("replicates")),
+            f"Spearman's ρ over {len(result.distance_px)} subsets {plus_minus(rho, error)} "
+            f"(threshold < -{STRONG})",
+            "local heads like convolutions",
+        )
+        for layer, rho, error in zip(result.layers, result.rho, result.rho_se)
+    ]
+
+
+def _pick(share: np.ndarray, error: np.ndarray, rank: int | None) -> tuple[float, float]:
+    """The head of a rank among several layers' heads, the median one for None."""
+    order = np.argsort(share.ravel())[: np.isfinite(share).sum()]
+    # Of an even number of heads the two in the middle; their errors may well go together.
+    middle = slice((len(order) - 1) // 2, len(order) // 2 + 1)
+    at = order[middle] if rank is None else order[[rank]]
+    return float(share.ravel()[at].mean()), float(error.ravel()[at].mean())
