@@ -20,7 +20,7 @@ from vitprobe.running.loading import TransformedImages
 from vitprobe.running.options import Options
 from vitprobe.running.passes import measure_each, measure_one
 
-NAMES = ("token_norms", "attention_statistics", "frequency")
+NAMES = ("token_norms", "attention_statistics", "frequency", "neighbours")
 MODELS, SIZE, COUNT = ("vit", "cnn"), 32, 18
 
 

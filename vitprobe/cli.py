@@ -211,7 +211,9 @@ def run(
     args.began = time.monotonic()
 
     def body() -> None:
-        args.models = args.models or [m for m in default_models if m in bundled_models()]
+        args.models = args.models or [
+            m for m in default_models if m.partition("@")[0] in bundled_models()
+        ]
         if not args.models:
             raise VitprobeError("--models: expected at least one NAME, NAME@random or NAME@FILE.")
         check_writable(args.out, stem(args, name))
