@@ -200,6 +200,15 @@ def test_help_fits_two_screens_and_ends_with_two_examples(name, capsys, monkeypa
     assert first.startswith(f"  vitprobe {name}") and second.startswith(f"  vitprobe {name}")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+def test_a_reader_that_leaves_early_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "vitprobe"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == b""
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, vitprobe; print(any(m in sys.modules for m in ('torch', 'timm')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

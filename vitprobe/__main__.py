@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
@@ -63,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = commands()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview(known))
+        try:
+            print(overview(known), flush=True)
+        except BrokenPipeError:
+            # The reader (head, less) has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if arguments[0] == "--version":
         print(__version__)

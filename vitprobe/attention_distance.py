@@ -1,4 +1,4 @@
-"""Mean attention distance of every head, in input pixels.
+"""How far each attention head looks, in input pixels.
 
 Raghu et al. 2021 (arXiv 2108.08810), Figures 3 and 4; Dosovitskiy et al. 2021 (arXiv 2010.11929),
 Figure 7 right and Figure 11.

@@ -1,4 +1,4 @@
-"""Attention rollout: which patches reach the class token through all layers.
+"""Attention traced through all layers, from the output back to the patches.
 
 Dosovitskiy et al. 2021 (arXiv 2010.11929), Figures 6 and 14; Abnar and Zuidema 2020
 (arXiv 2005.00928).

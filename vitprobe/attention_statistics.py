@@ -1,4 +1,4 @@
-"""Entropy of every head's attention, how much it depends on the query, and the class token's part.
+"""Entropy of attention, and how much it depends on the query.
 
 Park et al. 2023 (arXiv 2305.00729), Figures 2 and 3; Walmer et al. 2023 (arXiv 2212.03862).
 

@@ -1,4 +1,4 @@
-"""Linear CKA between all layers of any number of models, as heat maps.
+"""CKA between all layers of any number of models, as heat maps.
 
 Raghu et al. 2021 (arXiv 2108.08810), Figures 1, 2, 8, 12; the estimator is Nguyen et al. 2021's
 (arXiv 2010.15327): unbiased HSIC, summed over minibatches, one ratio at the end.

@@ -1,4 +1,4 @@
-"""CKA of subsets of the first block's heads with a CNN's lowest layers, against their distance.
+"""Which heads of the first block compute what a CNN's lowest layers do.
 
 Raghu et al. 2021 (arXiv 2108.08810), Figure 5.
 

@@ -1,4 +1,4 @@
-"""Where the class can be read off: few-shot linear probes at every block, for every readout.
+"""At which depth the class can be read: few-shot probes at every block.
 
 Raghu et al. 2021 (arXiv 2108.08810), Figures 11 and 13 and Appendix D.4.
 

@@ -1,4 +1,4 @@
-"""Whether tokens keep their place: CKA between each token of a block and each patch of the input.
+"""Whether tokens keep their place: CKA of each token with each input patch.
 
 Raghu et al. 2021 (arXiv 2108.08810), Figures 9 and 10 and Appendix D.
 

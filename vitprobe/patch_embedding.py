@@ -1,4 +1,4 @@
-"""Principal components of the filters that embed patches, or of a CNN's stem, as colour tiles.
+"""Principal components of the first filters, as colour tiles.
 
 Dosovitskiy et al. 2021 (arXiv 2010.11929), Figure 7 left.
 

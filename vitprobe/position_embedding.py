@@ -1,4 +1,4 @@
-"""Position embeddings: how alike those of any two patches are, and relative-position biases.
+"""How similar position embeddings are, and relative position biases.
 
 Dosovitskiy et al. 2021 (arXiv 2010.11929), Figure 7 centre.
 

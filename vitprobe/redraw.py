@@ -1,4 +1,4 @@
-"""Draw a result file again, without its models, in another format or by a newer version."""
+"""Draw a saved result again, without its models, in another format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to CKA between the layers before and after a block whose skips are gone.
+"""CKA between the layers before and after a block whose skips are removed.
 
 Raghu et al. 2021 (arXiv 2108.08810), Figure 8.
 

@@ -1,4 +1,4 @@
-"""What the skips carry against what the branches add, at every residual addition.
+"""What skip connections carry and what branches add, at every block.
 
 Raghu et al. 2021 (arXiv 2108.08810), Figure 7, E.1 and E.2.
 

@@ -1,4 +1,4 @@
-"""Norms of tokens at every block's output: outliers among the patches, and what registers hold.
+"""Norms of tokens at every block: outliers among patches, and registers.
 
 Darcet et al. 2024 (arXiv 2309.16588), Figures 3 to 7.
 

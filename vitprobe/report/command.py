@@ -1,4 +1,4 @@
-"""Every figure of the papers that applies to some models, and whether the claims hold, on one page.
+"""Every figure that applies to some models, with the papers' claims, on one page.
 
 Makes all measurements that the models can have, those on the same images from one pass; writes the
 numbers of each as ``.npz``, and one self-contained HTML page: the claims with their verdicts, the
