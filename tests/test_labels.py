@@ -54,9 +54,13 @@ def test_a_file_is_called_by_its_name_and_the_caption_tells_the_rest(files):
     model = load_model(f"test_vit.r160_in1k@{files[0]}")
     digest = model.details["file_sha256"]
     assert model.name == "before"
-    assert model.origin == f"test_vit, weights before.safetensors (sha256 {digest[:8]}…)"
-    # The public weights of the same architecture are named nowhere.
-    assert "r160" not in json.dumps({**model.provenance(), "transform": ""})
+    # The public weights of the same architecture are named for the transform alone.
+    assert model.origin == (
+        f"test_vit, weights before.safetensors (sha256 {digest[:8]}…); "
+        f"transform of test_vit.r160_in1k"
+    )
+    details = {**model.provenance(), "transform": "", "weights": "", "transform_of": ""}
+    assert "r160" not in json.dumps(details)
     result = cka.measure(model, IMAGES, batch_size=4)
     assert f"before: {model.origin}" in result._caption().replace("\n", " ")
 

@@ -48,7 +48,8 @@ def test_files_give_their_weights_head_and_digest(tmp_path, name):
     assert model.module.num_classes == 7
     torch.testing.assert_close(model.module.state_dict(), module.state_dict())
     digest = model.details["file_sha256"]
-    assert model.origin == f"test_vit, weights {name} (sha256 {digest[:8]}…)" and len(digest) == 64
+    assert model.origin.startswith(f"test_vit, weights {name} (sha256 {digest[:8]}…)")
+    assert len(digest) == 64
     assert str(tmp_path) not in str(model.provenance())
 
 
@@ -124,11 +125,11 @@ def test_wrong_specs_get_one_line(spec, message):
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     path = saved(timm.create_model("test_resnet"), tmp_path / "w.safetensors")
-    with pytest.raises(VitprobeError, match="do not fit the architecture: Missing key"):
+    with pytest.raises(VitprobeError, match=r"do not fit the architecture\. Missing are all"):
         load_model(f"test_vit@{path}")
     empty = tmp_path / "empty.safetensors"
     empty.write_bytes(b"")
-    with pytest.raises(VitprobeError, match="neither a safetensors file nor a state dict"):
+    with pytest.raises(VitprobeError, match="neither a safetensors file nor a checkpoint"):
         load_model(f"test_vit@{empty}")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(VitprobeError, match="holds no state dict"):

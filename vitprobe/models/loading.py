@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from vitprobe.errors import VitprobeError
-from vitprobe.models.creation import create, file_details, file_origin, file_overlay
+from vitprobe.models.contents import read, read_json
+from vitprobe.models.creation import create, file_origin, from_file
+from vitprobe.models.fitting import fit
 from vitprobe.models.model import Model
 from vitprobe.models.names import ALIASES, REMOTE_PREFIXES, bundled_models, check_known, label
-from vitprobe.models.weights import first_line, read_state_dict
+from vitprobe.models.reference import plain_reference
 from vitprobe.models.wrapping import unwrapped, wrap
 
 __all__ = ["ALIASES", "Model", "bundled_models", "load_model", "load_models", "wrap"]
@@ -49,6 +51,8 @@ def load_model(
 def _load(spec: str, image_size: int | None, seed: int) -> Model:
     called = label(spec)
     if spec.startswith(REMOTE_PREFIXES):
+        if spec.startswith("local-dir:"):
+            return _of_folder(spec, called, image_size)
         # A hub name keeps its own ``@revision``.
         return create(spec, called, spec, image_size, "hub")
     name, _, weights = spec.partition("@")
@@ -64,11 +68,25 @@ def _load(spec: str, image_size: int | None, seed: int) -> Model:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return create(spec, called, timm_name, image_size, f"random (seed {seed})")
-    overlay, details = file_overlay(timm_name, Path(weights).expanduser())
-    architecture = timm_name.partition(".")[0]
-    origin = file_origin(architecture, details)
-    model = create(spec, called, timm_name, image_size, origin, overlay)
-    return replace(model, timm_name=architecture, details=details)
+    return from_file(spec, called, timm_name, image_size, Path(weights).expanduser())
+
+
+def _of_folder(spec: str, called: str, image_size: int | None) -> Model:
+    """``local-dir:FOLDER``: the architecture, its options and transform are in its config.json."""
+    folder = Path(spec.partition(":")[2]).expanduser()
+    contents_config = folder / "config.json"
+    if not contents_config.is_file():
+        raise VitprobeError(
+            f"{spec}: {folder} has no config.json as timm writes it. Try ARCHITECTURE@{folder}."
+        )
+    architecture = read_json(contents_config).get("architecture")
+    if not isinstance(architecture, str):
+        raise VitprobeError(
+            f"{spec}: its config.json names no architecture of timm. Try ARCHITECTURE@{folder}."
+        )
+    check_known(architecture, architecture)
+    shown = f"of local-dir:{folder.resolve().name}"
+    return from_file(spec, called, architecture, image_size, folder, shown)
 
 
 def load_models(
@@ -146,15 +164,12 @@ def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: i
         return replace(base, name=label(spec), origin=f"random (seed {seed})")
     if not weights:
         return replace(base, origin=_trained(card), details={"card": card})
-    path = Path(weights).expanduser()
-    try:
-        module.load_state_dict(read_state_dict(path))
-    except RuntimeError as error:
-        raise VitprobeError(
-            f"{spec}: the weights do not fit {name}: {first_line(error)}"
-        ) from error
-    details = file_details(path)
-    return replace(base, name=label(spec), origin=file_origin(name, details), details=details)
+    contents = read(Path(weights).expanduser())
+    fitted = fit(spec, contents, plain_reference(module))
+    module.load_state_dict(fitted.state, strict=False)
+    details = {**contents.details(), **fitted.details()}
+    origin = "; ".join(filter(None, [file_origin(name, details), fitted.said()]))
+    return replace(base, name=label(spec), origin=origin, details=details)
 
 
 def _trained(card: dict[str, Any]) -> str:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import VitprobeError
-from vitprobe.models.creation import config_of, timm_transform
+from vitprobe.models.creation import config_of
 from vitprobe.models.model import Model
+from vitprobe.models.transforms import timm_transform
 
 
 def wrap(

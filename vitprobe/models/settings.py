@@ -1,0 +1,91 @@
+"""What the configuration beside a weights file says of the network, and that it is this one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitprobe.errors import VitprobeError
+from vitprobe.models.contents import Contents
+from vitprobe.models.unpickling import StandIn
+
+# transformers' activations -> the class names of the same functions in torch and timm.
+ACTIVATIONS = {
+    "gelu": ("GELU",),
+    "quick_gelu": ("QuickGELU", "QuickGELUActivation"),
+    "gelu_new": ("GELUTanh",),
+    "gelu_pytorch_tanh": ("GELUTanh",),
+}
+
+
+def check_architecture(spec: str, timm_name: str, contents: Contents) -> dict[str, Any]:
+    """Options of the network that timm's configuration beside a file gives.
+
+    Raises:
+        VitprobeError: the file says that it is of an architecture that computes something else.
+    """
+    import timm
+
+    asked = timm_name.partition(".")[0]
+    told, arguments = _architecture(contents)
+    if not told or told == asked or not timm.is_model(told):
+        return arguments if told == asked else {}
+    if _drawn(asked) != _drawn(told):
+        raise VitprobeError(
+            f"{spec}: the file says that it is of the architecture {told}, which is another "
+            f"network than {asked}. Try {told}@{spec.partition('@')[2]}."
+        )
+    return {}
+
+
+def settle(spec: str, module: nn.Module, contents: Contents) -> dict[str, Any]:
+    """Give a network what transformers' configuration says and no tensor shows.
+
+    Raises:
+        VitprobeError: the file's network has another activation.
+    """
+    config = contents.config
+    if "model_type" not in config:
+        return {}
+    config = {**config, **(config.get("vision_config") or {})}
+    wanted = ACTIVATIONS.get(str(config.get("hidden_act")))
+    activations = {type(part).__name__ for name, part in module.named_modules()
+                   if re.search(r"mlp\.act$", name)}  # fmt: skip
+    if wanted and activations and not activations & set(wanted):
+        raise VitprobeError(
+            f"{spec}: the file's network computes {config['hidden_act']}, this architecture "
+            f"{', '.join(sorted(activations))}: it is another network. timm's names of networks "
+            f"with QuickGELU contain 'quickgelu'."
+        )
+    epsilon = config.get("layer_norm_eps")
+    changed = False
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm) and epsilon is not None and part.eps != epsilon:
+            part.eps, changed = epsilon, True
+    return {"layer_norm_eps": epsilon} if changed else {}
+
+
+def _architecture(contents: Contents) -> tuple[str, dict[str, Any]]:
+    """timm's name of an architecture in a file or beside it, and how the network was made."""
+    if "architecture" in contents.config:
+        arguments = dict(contents.config.get("model_args") or {})
+        arguments.pop("num_classes", None)
+        return str(contents.config["architecture"]), arguments
+    tree = contents.tree if isinstance(contents.tree, dict) else {}
+    said = tree.get("args")
+    given = vars(said) if isinstance(said, StandIn) else said
+    for told in (tree.get("arch"), given.get("model") if isinstance(given, dict) else None):
+        if isinstance(told, str):
+            return told.partition(".")[0], {}
+    return "", {}
+
+
+def _drawn(architecture: str) -> str:
+    """What a network computes, as far as its layers say so; its image size is none of it."""
+    import timm
+
+    with torch.device("meta"):
+        return repr(timm.create_model(architecture, num_classes=0))
