@@ -116,6 +116,7 @@ def test_every_array_of_every_result_has_declared_axes(analysis):
     untold = {
         "attention_rollout": {"pictures"},
         "token_norms": {"pictures"},
+        "patch_pca": {"pictures"},
         "localization": {"tokens", "grids"},
     }
     assert arrays - set(result_type.axes) == untold.get(analysis, set())
