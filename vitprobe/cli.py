@@ -17,11 +17,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vitprobe.errors import VitprobeError, nearest
+from vitprobe.errors import VitprobeError, nearest, shown
 from vitprobe.models.loading import bundled_models
 from vitprobe.models.names import label
 from vitprobe.results.printing import print_files, print_json
 from vitprobe.results.result import FORMATS, Finding, Result
+from vitprobe.results.writing import check_folder
 from vitprobe.running import processes
 from vitprobe.running.checkpoint import UntilWritten
 from vitprobe.running.interrupts import HeldBack, Interrupted
@@ -65,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         for pattern, way in _PLAINLY:
             message = re.sub(pattern, way, message)
-        self.exit(FAILED, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(FAILED, f"{self.prog}: {shown(message)} (--help lists the options)\n")
 
 
 def _choices(match: re.Match[str]) -> str:
@@ -220,7 +221,7 @@ def run(
         result = measure(args)
         processes.leave()
         if args.title:
-            result.meta["title"] = args.title
+            result.meta["title"] = shown(args.title)
         if processes.is_main_process():
             _write(result, args, stem(args, name))
 
@@ -288,8 +289,8 @@ def check_writable(out: Path, stem: str) -> None:
     """Fail before the work, not after it: no folder, no right to write, no such name."""
     if Path(stem).name != stem:
         raise VitprobeError(f"--stem: expected a file name without folders, not {stem!r}.")
+    check_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         # As long as the longest name that is to come, that of a state being written.
         probe = out / f".{stem}.{'-' * 50}{os.getpid()}"
         probe.touch()

@@ -53,10 +53,21 @@ def _visible(match: re.Match[str]) -> str:
     directs = (
         unicodedata.bidirectional(character) in _DIRECTIONS or character in "\u200e\u200f\u061c"
     )
-    if kind in ("Cc", "Zl", "Zp") or directs:
+    if kind in ("Cc", "Zl", "Zp") or directs or character in "\ufffe\uffff":
         return character.encode("unicode_escape").decode("ascii")
     return character
 
 
 _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 _MARKS = "\u200e\u200f\u061c"
+
+
+MAX_LETTERS = 300
+
+
+def describe(error: BaseException) -> str:
+    """Type and message of an exception in one line."""
+    text = " ".join(str(error).split())
+    if len(text) > MAX_LETTERS:
+        text = f"{text[:MAX_LETTERS]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

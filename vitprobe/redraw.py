@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitprobe import cli
+from vitprobe.errors import VitprobeError, describe, shown
 from vitprobe.results.drawing import render
 from vitprobe.results.result import Finding, load_result
 from vitprobe.results.writing import write_atomically
@@ -36,12 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             stem = args.stem or file.stem
             cli.check_writable(out, stem)
             if args.title:
-                result.meta["title"] = args.title
-            figure = result.figure()
-            drawn = {out / f"{stem}.{name}": render(figure, name) for name in args.format}
+                result.meta["title"] = shown(args.title)
+            try:
+                figure = result.figure()
+                drawn = {out / f"{stem}.{name}": render(figure, name) for name in args.format}
+                found = result.findings()
+            except VitprobeError:
+                raise
+            except Exception as error:
+                # The file says what is to be drawn: whatever is wrong, it is the reason.
+                raise VitprobeError(
+                    f"{file} cannot be drawn, it is damaged or of another version: "
+                    f"{describe(error)}"
+                ) from error
             write_atomically(drawn)
             paths += drawn
-            findings += result.findings()
+            findings += found
         cli.conclude(args, paths, findings)
 
     return cli.guarded(body, args.debug)

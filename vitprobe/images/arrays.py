@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, describe
 
 IMAGE_KEYS = ("images", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "targets", "label", "target")
@@ -35,8 +35,9 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
         raise VitprobeError(f"{path} holds more than fits into memory.") from None
     except Exception as error:
         # Readers of damaged files raise anything; whatever it is, the file is the reason.
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-        raise VitprobeError(f"{path} cannot be read as arrays of images: {reason}") from error
+        raise VitprobeError(
+            f"{path} cannot be read as arrays of images: {describe(error)}"
+        ) from error
 
 
 def _npy(path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, describe
 from vitprobe.images.decoding import decoded, rgb
 
 # Where datasets of the usual libraries keep the image of an item.
@@ -43,9 +43,7 @@ class ItemSource:
         try:
             self.tensors = isinstance(image_of(items[0]), Tensor)
         except Exception as error:
-            reason = str(error)
-            if not isinstance(error, ValueError):
-                reason = f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, ValueError) else describe(error)
             raise VitprobeError(f"The first item of {what} is no image: {reason}") from error
 
     def __len__(self) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprobe.errors import shown
+
 
 @dataclass(frozen=True)
 class Model:
@@ -37,6 +39,11 @@ class Model:
     transform_key: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Both come from outside, and go into figures, files and onto terminals.
+        for name in ("name", "origin"):
+            object.__setattr__(self, name, shown(getattr(self, name)))
+
     @property
     def untrained(self) -> bool:
         return self.origin.startswith("random")
@@ -47,10 +54,11 @@ class Model:
         for name, tensor in sorted(self.module.state_dict().items()):
             if not isinstance(tensor, Tensor):
                 # What a module keeps beside its tensors (get_extra_state).
-                digest.update(f"{name} {tensor!r}".encode(errors="replace"))
+                digest.update(f"{name} {tensor!r}".encode(errors="surrogatepass"))
                 continue
             tensor = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            about = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+            digest.update(about.encode(errors="surrogatepass"))
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from vitprobe import cli
 from vitprobe._version import __version__
 from vitprobe.catalogue import measurements
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, shown
 from vitprobe.images.sources import open_images
 from vitprobe.models.loading import Model, bundled_models, load_models
 from vitprobe.report.grid import tally
 from vitprobe.report.page import Section, page
 from vitprobe.results.drawing import render
-from vitprobe.results.printing import duration
+from vitprobe.results.printing import as_printed, duration
 from vitprobe.results.provenance import command_line
 from vitprobe.results.result import Result, load_result
 from vitprobe.results.writing import write_atomically
@@ -89,6 +89,8 @@ class Report:
 
     def _draw(self, result: Result) -> None:
         file = self._file(result)
+        if self.args.title:
+            result.meta["title"] = shown(self.args.title)
         figure = result.plot()
         png = render(figure, "png")
         formats = self.args.format
@@ -112,7 +114,9 @@ class Report:
                 result = load_result(file)
             except VitprobeError:
                 continue
-            told = result.meta.get("report", {})
+            told = result.meta.get("report")
+            if not isinstance(told, dict):
+                continue
             if result.analysis == name and told.get("asked") == asked:
                 found.append(result)
         complete = found and len(found) == found[0].meta["report"].get("of", 1)
@@ -123,8 +127,10 @@ class Report:
         path = self.args.out / f"{self.stem}.html"
         missing = [(_title(name), why) for name, why in self.found.missing.items()]
         missing += [(_title(name), f"failed: {why}") for name, why in self.found.failed.items()]
-        text = page(self.sections, missing, self.provenance, command_line())
-        write_atomically({path: text.encode()})
+        text = page(
+            self.sections, missing, self.provenance, command_line(), shown(self.args.title or "")
+        )
+        write_atomically({path: text.encode(errors="replace")})
         return path
 
     def _fingerprint(self, measurement: Measurement) -> str:
@@ -174,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 files = [path, *(args.out / section.file for section in report.sections)]
                 cli.conclude(args, files, findings)
             else:
-                print(path)
+                print(as_printed(path))
                 print(tally(findings))
                 print(f"Took {duration(time.monotonic() - args.began)}.")
         if report.found.failed:

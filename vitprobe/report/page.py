@@ -48,7 +48,7 @@ class Section:
 
 
 def page(sections: Sequence[Section], missing: Sequence[tuple[str, str]], models: Any,
-         command: str) -> str:  # fmt: skip
+         command: str, title: str = "") -> str:  # fmt: skip
     """The page.
 
     Args:
@@ -56,6 +56,7 @@ def page(sections: Sequence[Section], missing: Sequence[tuple[str, str]], models
         missing: (measurement, why) of those that none of the models can have, or that failed.
         models: provenance of all models.
         command: the command line.
+        title: of the page; the models' names by default.
     """
     import jinja2
 
@@ -75,7 +76,7 @@ def page(sections: Sequence[Section], missing: Sequence[tuple[str, str]], models
     source = (files("vitprobe.report") / "page.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return template.from_string(source).render(
-        title=f"Inside {_listed(names)}",
+        title=title or f"Inside {_listed(names)}",
         sections=shown,
         columns=grid.columns(claims, names),
         papers=grid.rows(claims, names),

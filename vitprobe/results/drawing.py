@@ -19,6 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vitprobe.errors import shown
+
 DPI = 150
 MAX_NAMED_LAYERS = 26
 # Okabe and Ito's palette, which stays apart for the colour-blind; models keep their colour.
@@ -27,6 +29,8 @@ SEQUENTIAL = "magma"
 DIVERGING = "RdBu_r"
 
 _STYLE: Any = {
+    # Names of folders, files, models and layers are no formulas, whatever they hold.
+    "text.parse_math": False,
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.labelsize": 9,
@@ -81,7 +85,7 @@ def layer_axis(axis: Any, names: Sequence[str], label: str) -> None:
     axis.layer_names = list(names)
     count = len(names)
     if count <= MAX_NAMED_LAYERS:
-        axis.set_ticks(range(count), [short(name) for name in names])
+        axis.set_ticks(range(count), [short(name) for name in names], parse_math=False)
         if axis.axis_name == "x":
             axis.set_tick_params(rotation=90)
     else:
@@ -93,12 +97,14 @@ def layer_axis(axis: Any, names: Sequence[str], label: str) -> None:
 
 def short(name: str, width: int = 24) -> str:
     """A layer's name, its middle left out where it is long."""
+    name = shown(name)
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-(width // 2) :]}"
 
 
 def caption(figure: Figure, text: str) -> None:
     """Small lines under the figure, as wide as it is: n, weights, choices."""
-    figure.supxlabel(wrapped(figure, text, 18), fontsize=6.5, color="0.35")
+    text = wrapped(figure, shown(text), 18)
+    figure.supxlabel(text, fontsize=6.5, color="0.35", parse_math=False)
 
 
 def wrapped(figure: Figure, text: str, letters_per_inch: float) -> str:
@@ -109,7 +115,8 @@ def wrapped(figure: Figure, text: str, letters_per_inch: float) -> str:
 def titled(figure: Figure, title: str) -> Figure:
     """The figure with a title over all of its panels, if that is not empty."""
     if title:
-        figure.suptitle(wrapped(figure, title, 11), fontsize=10, fontweight="bold")
+        title = wrapped(figure, shown(title), 11)
+        figure.suptitle(title, fontsize=10, fontweight="bold", parse_math=False)
     return figure
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from vitprobe.errors import shown
 from vitprobe.results.result import FAILS, HOLDS, OPEN, Finding
 
 _COLOURS = {HOLDS: "32", FAILS: "31", OPEN: "33"}
@@ -25,7 +26,7 @@ MIN_WIDTH, MAX_WIDTH = 40, 100
 def print_files(paths: Sequence[Path], findings: Sequence[Finding], seconds: float) -> None:
     """The paths, the findings by paper and figure, and how long it took, on stdout."""
     for path in paths:
-        print(path)
+        print(as_printed(path))
     print_findings(findings)
     print(f"\nTook {duration(seconds)}.")
 
@@ -59,11 +60,22 @@ def print_findings(
 def print_json(paths: Sequence[Path], findings: Sequence[Finding], seconds: float) -> None:
     """The same as one JSON object: ``files``, ``findings`` (the fields of each), ``seconds``."""
     told: dict[str, Any] = {
-        "files": [str(path) for path in paths],
+        "files": [as_printed(path) for path in paths],
         "findings": [asdict(finding) for finding in findings],
         "seconds": round(seconds, 3),
     }
     print(json.dumps(told, indent=2, ensure_ascii=False))
+
+
+def as_printed(path: Path, stream: IO[str] | None = None) -> str:
+    """A path as it is, but not what a terminal would act on, nor what cannot be written out."""
+    stream = stream or sys.stdout
+    text = str(path)
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8", "strict")
+    except UnicodeEncodeError:
+        return shown(text)
+    return shown(text) if stream.isatty() else text
 
 
 def duration(seconds: float) -> str:

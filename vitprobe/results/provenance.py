@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vitprobe._version import __version__
+from vitprobe.errors import shown
 
 
 def models_meta(analysis: str, models: Sequence[Any], seed: int) -> dict[str, Any]:
@@ -47,4 +48,4 @@ def command_line() -> str:
     name = (
         f"python -m vitprobe.{program.stem}" if program.parent.name == "vitprobe" else program.name
     )
-    return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+    return shown(" ".join([name, *map(shlex.quote, sys.argv[1:])]))

@@ -11,7 +11,6 @@ import html
 import io
 import json
 import math
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -23,6 +22,7 @@ from scipy.special import ndtr, stdtrit
 
 from vitprobe.catalogue import measurements
 from vitprobe.errors import VitprobeError
+from vitprobe.results.reading import check, read_npz
 from vitprobe.results.tables import Label, as_csv, as_dataframe, long_table
 from vitprobe.results.writing import write_atomically
 
@@ -200,7 +200,7 @@ class Result:
             VitprobeError: no such quantity, or the file cannot be written.
         """
         text = as_csv(long_table(self, quantities))
-        write_atomically({Path(path): text.encode()})
+        write_atomically({Path(path): text.encode(errors="replace")})
         return Path(path)
 
     def to_dataframe(self, quantities: Sequence[str] = ()) -> Any:
@@ -287,15 +287,8 @@ def load_result(path: str | Path) -> Result:
         VitprobeError: no such file, or not a result of vitprobe.
     """
     path = Path(path)
-    if not path.is_file():
-        raise VitprobeError(f"No such result file: {str(path)!r}.")
-    try:
-        with np.load(path, allow_pickle=False) as loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
-        meta = json.loads(str(arrays.pop("meta")))
-        analysis = meta["analysis"]
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise VitprobeError(f"{path} is not a result file of vitprobe.") from error
+    arrays, meta = read_npz(path)
+    analysis = meta["analysis"]
     # The name comes from a file: only measurements are imported by it.
     if analysis not in measurements():
         raise VitprobeError(f"{path} holds {analysis!r}, which is not a measurement of vitprobe.")
@@ -304,4 +297,6 @@ def load_result(path: str | Path) -> Result:
     if wanted - arrays.keys():
         missing = ", ".join(sorted(wanted - arrays.keys()))
         raise VitprobeError(f"{path} lacks {missing}: another version of vitprobe wrote it.")
-    return result_type(meta=meta, **{name: arrays[name] for name in wanted})
+    chosen = {name: arrays[name] for name in wanted}
+    check(path, chosen, meta, result_type.axes)
+    return result_type(meta=meta, **chosen)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vitprobe.errors import VitprobeError, nearest
+from vitprobe.errors import VitprobeError, nearest, shown
 
 SECOND = "_2"
 ERROR = "_se"
@@ -188,7 +188,15 @@ def _stacked(parts: Sequence[np.ndarray | None], lengths: Sequence[int]) -> np.n
 
 
 def _as_text(name: str, column: np.ndarray) -> list[Any]:
+    if column.dtype.kind == "U":
+        return [_no_formula(text) for text in column.tolist()]
     if column.dtype.kind != "f":
         return column.tolist()
     written = float if name in MEASURED else int
     return ["" if np.isnan(value) else written(value) for value in column.tolist()]
+
+
+def _no_formula(text: str) -> str:
+    """A name as a spreadsheet shows it: one that begins like a formula would be run as one."""
+    text = shown(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -31,7 +31,7 @@ def write_atomically(contents: Mapping[Path, Content]) -> None:
     path = Path()
     try:
         for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            check_folder(path.parent)
             sweep(path.parent, f".{path.name}{of_this_machine()}")
             handle, temporaries[path] = tempfile.mkstemp(
                 prefix=f".{path.name}{of_this_machine()}{os.getpid()}-",
@@ -56,6 +56,26 @@ def write_atomically(contents: Mapping[Path, Content]) -> None:
     finally:
         for temporary in temporaries.values():
             Path(temporary).unlink(missing_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder if it is not there.
+
+    Raises:
+        VitprobeError: it cannot be made; where a file has its name, that is said.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        for place in (*reversed(folder.parents), folder):
+            if place.exists() and not place.is_dir():
+                raise VitprobeError(
+                    f"{folder} cannot be written: {place} is a file, not a folder."
+                ) from error
+        raise VitprobeError(f"{folder} cannot be written: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise VitprobeError(f"{folder} cannot be written: {reason}.") from error
 
 
 def of_this_machine() -> str:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from vitprobe.errors import VitprobeError
 from vitprobe.results.writing import sweep, write_atomically
+
+# Of an array in a file, and of a text beside the sums; far more than they take.
+HEADER_BYTES = 4096
 
 
 class UntilWritten:
@@ -118,6 +122,27 @@ class Checkpoint:
         if self.path is not None and self.path.parent.is_dir():
             sweep(self.path.parent, f".{self.path.name}.{self.key[:12]}.")
 
+    def save_whole(self, state: dict[str, Tensor]) -> bool:
+        """Write the totals of all processes, rank 0 for all of them; whether that went well."""
+        try:
+            self.save(state, np.ones(self.batches, dtype=bool))
+        except VitprobeError:
+            return False
+        return True
+
+    def leave_to_main(self, state: dict[str, Tensor]) -> None:
+        """Remove what this and other processes have left here, but the file of all totals.
+
+        Nodes may have folders of their own, where no other process can do it.
+
+        Args:
+            state: the sums, for their shapes and types.
+        """
+        for file in self._files():
+            part = self._read(file, state) if file == self._file(0) else None
+            if part is None or not part["_done"].all():
+                file.unlink(missing_ok=True)
+
     def _file(self, rank: int) -> Path:
         assert self.path is not None
         return self.path.with_name(f"{self.path.name}.{self.key[:12]}.{rank}.partial")
@@ -134,18 +159,29 @@ class Checkpoint:
 
     def _read(self, file: Path, state: dict[str, Tensor]) -> dict[str, np.ndarray] | None:
         """What a file holds, or None where it cannot be trusted: its batches are done again."""
+        expected = {"_key": (), "_done": (self.batches,)}
+        expected |= {name: tuple(total.shape) for name, total in state.items()}
+        types = {name: total.cpu().numpy().dtype for name, total in state.items()}
+        most = sum(total.numel() * total.element_size() for total in state.values())
+        most += self.batches + HEADER_BYTES * len(expected)
         try:
+            # A pipe in its place would be waited for; an archive may unfold to any size.
+            if not file.is_file():
+                return None
+            with zipfile.ZipFile(file) as archive:
+                if sum(one.file_size for one in archive.infolist()) > most:
+                    return None
             with np.load(file, allow_pickle=False) as loaded:
                 part = {name: loaded[name] for name in loaded.files}
         except Exception:
             # Readers of torn files raise anything.
             return None
-        shapes = {"_key": (), "_done": (self.batches,)}
-        shapes |= {name: tuple(total.shape) for name, total in state.items()}
-        if {name: array.shape for name, array in part.items()} != shapes:
+        if {name: array.shape for name, array in part.items()} != expected:
             return None
-        kinds = {name: array.dtype.kind for name, array in part.items()}
-        if kinds.pop("_key") != "U" or kinds.pop("_done") != "b" or set(kinds.values()) - {"f"}:
+        # The very types: other byte orders are equal in kind.
+        if any(part[name].dtype != dtype for name, dtype in types.items()):
+            return None
+        if part["_key"].dtype.kind != "U" or part["_done"].dtype != np.bool_:
             return None
         return part if str(part["_key"]) == self.key else None
 

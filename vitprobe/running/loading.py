@@ -19,11 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, describe, shown
 from vitprobe.images.decoding import GoneError
 from vitprobe.images.sources import Images
 from vitprobe.models.loading import Model
-from vitprobe.tracing.failures import describe
 
 # Where the processors of Hugging Face leave an image.
 PIXELS = "pixel_values"
@@ -71,7 +70,7 @@ class TransformedImages(Dataset):
             return Failure(str(error), gone=True)
         except Exception as error:
             # Decoders of damaged images raise anything; it is told, and too many stop the run.
-            return Failure(describe(error))
+            return Failure(shown(describe(error)))
         if isinstance(image, Tensor):
             return [image]
         found = []

@@ -73,6 +73,12 @@ def run(
         with _together(ready, checkpoint):
             processes.sum_over_processes(state, ready.device)
         _check_broken(ready, state)
+        if checkpoint.keeps:
+            # From here on the main process keeps all: every other one removes its own.
+            with _together(ready, checkpoint):
+                kept = np.array([rank > 0 or checkpoint.save_whole(state)])
+                if processes.from_main_process(kept, ready.device)[0] and rank > 0:
+                    checkpoint.leave_to_main(state)
     ready.broken[:] = [ready.images.name(int(p)) for p in state["_broken"].nonzero()[:, 0]]
     if until_written is not None:
         until_written.runs.append(checkpoint)

@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, describe
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 # In these frames of vitprobe's it is the model that runs: what watches passes hands operations on.
 _PASSES_ON = {"__torch_function__", "__torch_dispatch__"}
 _OWN_MODELS = tuple(os.path.join(_PACKAGE, name) for name in ("models", "data"))
-MAX_LETTERS = 300
 
 
 def forward_failure(
@@ -57,14 +56,6 @@ def forward_failure(
     if place:
         message += f" (in {place}, {type(innermost).__name__})"
     return VitprobeError(message + _way(error, module))
-
-
-def describe(error: BaseException) -> str:
-    """Type and message of an exception in one line."""
-    text = " ".join(str(error).split())
-    if len(text) > MAX_LETTERS:
-        text = f"{text[:MAX_LETTERS]}..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _module_called(frame: FrameType) -> nn.Module | None:
