@@ -128,10 +128,10 @@ def beginning(source: str) -> tuple[dict[str, torch.Tensor], str]:
     """Weights to start from, a shipped network's or a checkpoint's, and what they are."""
     if source in data.names():
         card = data.load_card(source)
-        return data.build(card).state_dict(), f"{source} after {card['pictures_seen']:,} pictures"
+        return data.build(card).state_dict(), f"{source} after {card['pictures_seen']:,} images"
     state = torch.load(source, map_location="cpu", weights_only=True)
     seen = state["log"][-1]["pictures_seen"]
-    return state["module"], f"{state['card']['name']} after {seen:,} pictures"
+    return state["module"], f"{state['card']['name']} after {seen:,} images"
 
 
 def started(options: argparse.Namespace) -> str:
@@ -143,7 +143,7 @@ def started(options: argparse.Namespace) -> str:
 
 
 def accuracy(module: nn.Module, pictures: Pictures, device: torch.device) -> float:
-    """Share of pictures whose label gets the highest output, in float32."""
+    """Share of images whose label gets the highest output, in float32."""
     was_training = module.training
     module.eval()
     right = 0

@@ -209,11 +209,11 @@ def test_wrapped_models_of_one_class_keep_their_own_transforms():
     assert dark.max() == 0 and light.min() == 1
 
 
-def test_a_caption_tells_pictures_from_how_often_they_were_seen():
-    assert load_model("vit_small_box").origin == "bundled, trained on 320,000 pictures"
+def test_a_caption_tells_images_from_how_often_they_were_seen():
+    assert load_model("vit_small_box").origin == "bundled, trained on 320,000 images"
     little = load_model("vit_small_box_10pct").origin
-    assert little == "bundled, trained on 32,000 pictures, 10 times each"
+    assert little == "bundled, trained on 32,000 images, 10 times each"
     assert load_model("vit_gap_box").origin == (
-        "bundled, from vit_small_box after 96,000 pictures, without its class token, then trained "
-        "on 160,000 pictures"
+        "bundled, from vit_small_box after 96,000 images, without its class token, then trained "
+        "on 160,000 images"
     )

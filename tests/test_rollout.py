@@ -161,7 +161,7 @@ def test_a_figure_of_many_pictures_shows_the_first_of_every_model(monkeypatch):
     shown = [ax.images[0].get_array() for ax in figure.axes if ax.images][1::3]
     expected = [result.of(index)[1] for index in (0, 1, 5, 6)]
     np.testing.assert_array_equal(shown, expected)
-    assert any("The first 2 of 5 pictures" in text.get_text() for text in figure.findobj(Text))
+    assert any("The first 2 of 5 images" in text.get_text() for text in figure.findobj(Text))
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_network_starts_from_a_shipped_one(family, tmp_path, monkeypatch, pool
         family, tmp_path, "other", "--start-from", "net", "--no-skip", "1", "--pool", pool, *still
     )
     begun, own = state["card"]["recipe"]["start"], state["module"]
-    assert begun.startswith("net after 96 pictures") and state["card"]["no_skip_block"] == 1
+    assert begun.startswith("net after 96 images") and state["card"]["no_skip_block"] == 1
     assert ("cls_token" in own) == ("class token" not in begun) == (pool == "cls")
     torch.testing.assert_close(own["blocks.1.mlp.fc1.weight"], shipped["blocks.1.mlp.fc1.weight"])
     rows = own["pos_embed"].shape[1]

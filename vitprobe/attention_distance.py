@@ -4,7 +4,7 @@ Raghu et al. 2021 (arXiv 2108.08810), Figures 3 and 4; Dosovitskiy et al. 2021 (
 Figure 7 right and Figure 11.
 
 The quantity: mean over images and queries of Σ_k A[q, k] · ‖r_q − r_k‖₂, A the attention
-probabilities, r the place of a token in the picture: the middle of what it was made from, through
+probabilities, r the place of a token in the image: the middle of what it was made from, through
 strides, pooling, windows and their shifts.
 
 Choices made: tokens that stand nowhere (class tokens, registers, padding) are neither queries nor
@@ -77,7 +77,7 @@ class AttentionDistanceResult(Result):
         "How far each head looks, in input pixels, averaged over images and queries; Raghu et al., "
         "Figures 3 and 4; Dosovitskiy et al., Figures 7 right and 11.",
         "A head near 0 looks at its own neighbourhood, one near the dashed line spreads its "
-        "attention evenly over the picture. Left: the heads of the lowest and highest layers in "
+        "attention evenly over the image. Left: the heads of the lowest and highest layers in "
         "order of distance; right: all heads against depth.",
     )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -253,7 +253,7 @@ def measure(
         options: fields of ``running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
 
     Raises:
-        VitprobeError: a model without attention between places of the picture, or one whose tokens
+        VitprobeError: a model without attention between places of the image, or one whose tokens
             cannot be placed; unknown models or images; attention that is not finite.
     """
     return measure_one(AttentionDistance(renormalise), models, images, Options(**options))
@@ -265,7 +265,7 @@ class _Table:
 
     Attributes:
         pixels: (groups, queries, keys) distances; 0 where either stands nowhere.
-        placed: (groups, 1, keys, 1) 1 where a key stands in the picture.
+        placed: (groups, 1, keys, 1) 1 where a key stands in the image.
         count: how many queries of all groups do.
     """
 

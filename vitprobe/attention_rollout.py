@@ -70,7 +70,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class AttentionRolloutResult(Result):
-    """Rollouts of some pictures through some models.
+    """Rollouts of some images through some models.
 
     Attributes:
         rollout: (maps, rows, columns) share of the attention; padded with NaN.
@@ -92,33 +92,33 @@ class AttentionRolloutResult(Result):
         "share of the attention",
     )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "rollout": ("picture", "row", "column"),
-        "model_of_map": ("picture",),
+        "rollout": ("image", "row", "column"),
+        "model_of_map": ("image",),
     }
 
     def labels(self) -> list[Label]:
-        """Which picture a map is of, counted from 0."""
-        pictures = len(self.rollout) // len(self.meta["maps"])
-        return [Label("picture", np.arange(len(self.rollout)) % pictures, ("picture",))]
+        """Which image a map is of, counted from 0."""
+        images = len(self.rollout) // len(self.meta["maps"])
+        return [Label("image", np.arange(len(self.rollout)) % images, ("image",))]
 
     def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(picture, map) of one map, without padding."""
+        """(image, map) of one map, without padding."""
         about = self.meta["maps"][self.model_of_map[index]]
         (height, width), (rows, columns) = about["size"], about["grid"]
         return self.pictures[index, :height, :width], self.rollout[index, :rows, :columns]
 
     def plot(self, ax: Any = None) -> Any:
-        """Picture, map and overlay of each map; on ``ax``, the overlay of the first.
+        """Image, map and overlay of each map; on ``ax``, the overlay of the first.
 
-        Of many pictures the first: no figure holds hundreds of them.
+        Of many images the first: no figure holds hundreds of them.
         """
         with drawing.style():
             if ax is not None:
                 self._overlay(ax, 0)
                 return ax
-            models, pictures = len(self.meta["maps"]), len(self.rollout) // len(self.meta["maps"])
-            each = min(pictures, max(1, MAX_SHOWN // models))
-            maps = [m * pictures + i for m in range(models) for i in range(each)]
+            models, images = len(self.meta["maps"]), len(self.rollout) // len(self.meta["maps"])
+            each = min(images, max(1, MAX_SHOWN // models))
+            maps = [m * images + i for m in range(models) for i in range(each)]
             count = len(maps)
             across = 2 if count > 1 else 1
             figure = drawing.new_figure(5.4 * across, 1.95 * -(-count // across) + 0.5)
@@ -131,8 +131,8 @@ class AttentionRolloutResult(Result):
                 one.set_axis_off()
             trios = [row[start : start + 3] for row in axes for start in (0, 4)[:across]]
             for index, trio in zip(maps, trios):
-                picture, shown = self.of(index)
-                trio[0].imshow(picture)
+                image, shown = self.of(index)
+                trio[0].imshow(image)
                 trio[1].imshow(shown, cmap=drawing.SEQUENTIAL, interpolation="nearest")
                 self._overlay(trio[2], index)
                 trio[1].set_title(drawing.short(self.models[self.model_of_map[index]]), fontsize=7)
@@ -144,18 +144,18 @@ class AttentionRolloutResult(Result):
                 text += " Of images of more than three channels the first three are shown."
             if 2 in channels:
                 text += " Of images of two channels their mean is shown."
-            if each < pictures:
-                text += f" The first {each} of {pictures} pictures; all are in the file."
+            if each < images:
+                text += f" The first {each} of {images} images; all are in the file."
             drawing.caption(figure, text)
             return figure
 
     def _overlay(self, ax: Any, index: int) -> None:
-        picture, shown = self.of(index)
+        image, shown = self.of(index)
         grid = torch.from_numpy((shown - shown.min()) / (np.ptp(shown) or 1.0))
         light = torch.nn.functional.interpolate(
-            grid[None, None], size=picture.shape[:2], mode="bilinear"
+            grid[None, None], size=image.shape[:2], mode="bilinear"
         )[0, 0].numpy()
-        ax.imshow((picture * light[..., None]).round().astype(np.uint8))
+        ax.imshow((image * light[..., None]).round().astype(np.uint8))
         ax.set_axis_off()
 
 
@@ -249,7 +249,7 @@ class _Watch(Watch):
 
 
 def measure(models: Any, images: Any = None, **options: Any) -> AttentionRolloutResult:
-    """Attention rollouts of a few pictures through one model or several.
+    """Attention rollouts of a few images through one model or several.
 
     Args:
         models: specs (``vit_b16``, ``NAME@random``, ``NAME@FILE``), modules or ``Model``; one or a

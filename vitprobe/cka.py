@@ -92,7 +92,7 @@ class CKAResult(Result):
     def plot(self, ax: Any = None) -> Any:
         """Heat maps from input to output on both axes; on ``ax``, one square of all models.
 
-        Measured in pairs: CKA at the same depth, a line a pair.
+        Measured in pairs: CKA at the same depth, a line per pair.
         """
         with drawing.style():
             if "same_depth" in self.meta:

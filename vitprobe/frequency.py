@@ -131,7 +131,7 @@ class FrequencyResult(Result):
     def plot(self, ax: Any = None) -> Any:
         """For each model Δ against frequency, Δ at the highest, and ln V against depth.
 
-        On ``ax``, Δ at the highest frequency against depth from 0 to 1, a line a model.
+        On ``ax``, Δ at the highest frequency against depth from 0 to 1, a line per model.
         """
         with drawing.style():
             if ax is not None:
@@ -162,7 +162,7 @@ class FrequencyResult(Result):
             return figure
 
     def _spectra(self, figure: Any, ax: Any, model: int) -> None:
-        """Δ against ω, a line a layer, dark at the input."""
+        """Δ against ω, a line per layer, dark at the input."""
         rows = self.rows_of(model)
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rows)))
         for row, colour in zip(rows, colours):

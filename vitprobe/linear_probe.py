@@ -3,7 +3,7 @@
 Raghu et al. 2021 (arXiv 2108.08810), Figures 11 and 13 and Appendix D.4.
 
 The quantity: accuracy (0 to 1) on test images of ridge regression onto ±1 class targets, fitted on
-a few images a class. Readouts: ``tokens``, one probe for each patch token, their accuracies
+a few images per class. Readouts: ``tokens``, one probe for each patch token, their accuracies
 averaged; ``CLS``; ``first patch``; ``mean`` of all patch tokens; ``all``, every token of the layer
 side by side. In a CNN the tokens are map locations, averaged down to the last block's resolution.
 
@@ -86,7 +86,7 @@ class LinearProbeResult(Result):
     analysis: ClassVar[str] = "linear_probe"
     text: ClassVar[Text] = Text(
         "Few-shot linear probes",
-        "The accuracy of linear classifiers on a few images a class, at every block and for every "
+        "The accuracy of linear classifiers on a few images per class, at every block and for each "
         "way of reading it out; Raghu et al., Figures 11 and 13.",
         "Where a line rises, the class becomes readable there. Below: the accuracy of each single "
         "token of the last block.",
@@ -105,7 +105,7 @@ class LinearProbeResult(Result):
     }
 
     def plot(self, ax: Any = None) -> Any:
-        """Accuracy against depth, a line a readout and a panel a model; below it the token grid.
+        """Accuracy against depth, a line per readout, a panel per model; below, the token grid.
 
         On ``ax``: all models, a colour each, the readouts apart by line style.
         """
@@ -126,7 +126,7 @@ class LinearProbeResult(Result):
                 axes[0, m].sharey(axes[0, 0])
                 last = int(self.rows_of(m)[-1])
                 image = drawing.heat_map(axes[1, m], grid, vmin=low, vmax=high)
-                axes[1, m].invert_yaxis()  # a picture's first row is at its top
+                axes[1, m].invert_yaxis()  # a image's first row is at its top
                 axes[1, m].set(aspect="equal", xticks=[], yticks=[])
                 axes[1, m].set_title(f"each token, {drawing.short(str(self.layers[last]))}")
             figure.colorbar(image, ax=axes[1], label="accuracy", pad=0.01, panchor=False)
@@ -167,7 +167,7 @@ class LinearProbeResult(Result):
         meta = self.meta
         text = drawing.provenance_line(meta)
         text += (
-            f" Ridge on {meta['shots']} images a class, {len(meta['classes'])} classes, mean of "
+            f" Ridge on {meta['shots']} images per class, {len(meta['classes'])} classes, mean of "
             f"{meta['draws']} draws ({meta['split']}); tested on these n. Bars: standard error "
             f"over draws and test images."
         )
@@ -286,7 +286,7 @@ def measure(
             ``Images``. The bundled digit scenes by default, split ``fit``.
         test_images: labelled, of the same classes. Without them a seeded part of ``images`` is
             kept for testing.
-        shots: fitting images a class and draw.
+        shots: fitting images per class and draw.
         draws: seeded draws, disjoint where there are enough images.
         layers: ``blocks``, ``last``, or names with wildcards.
         options: fields of ``running.session.Options``; ``num_images`` counts the test images.

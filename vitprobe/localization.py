@@ -4,7 +4,7 @@ Raghu et al. 2021 (arXiv 2108.08810), Figures 9 and 10 and Appendix D.
 
 The quantity: cka[t, r, c] in [-1, 1], how alike the images are arranged by one token (its features
 alone; in a CNN one map location, all channels) and by the pixels of one input patch. A token that
-still holds its own patch peaks there; one that holds the whole picture is flat. The contrast is the
+still holds its own patch peaks there; one that holds the whole image is flat. The contrast is the
 mean over tokens of the CKA with the own patch minus the mean CKA with all others.
 
 Choices made: the patches are the pixels as the model receives them, normalised, in a grid of the
@@ -106,7 +106,7 @@ class LocalizationResult(Result):
         "CKA between single tokens of the last block and every patch of the input; Raghu et al., "
         "Figures 9 and 10.",
         "A token that is still about its own patch (in the square) peaks there; a flat map belongs "
-        "to a token that holds the whole picture. Every row has its own scale.",
+        "to a token that holds the whole image. Every row has its own scale.",
         "CKA",
     )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -182,7 +182,7 @@ class LocalizationResult(Result):
         for ax, (down, along) in zip(row, spots):
             r, c = min(int(down * rows), rows - 1), min(int(along * columns), columns - 1)
             image = drawing.heat_map(ax, values[r, c], vmin=scale[0], vmax=scale[1])
-            ax.invert_yaxis()  # a picture's first row is at its top
+            ax.invert_yaxis()  # a image's first row is at its top
             ax.set(aspect="equal", xticks=[], yticks=[])
             ax.set_title(f"token {r * columns + c} ({r}, {c})", fontsize=7)
             for colour, width in (("black", 2.4), ("white", 1.0)):  # seen on light and dark
@@ -318,7 +318,7 @@ def measure(
 
     Raises:
         VitprobeError: unknown models, images or layers; a layer named that has no grid; fewer than
-            4 images a batch; activations that are not finite.
+            4 images per batch; activations that are not finite.
     """
     return measure_one(Localization(layers), models, images, Options(**options))
 

@@ -102,7 +102,7 @@ class SkipAblationResult(Result):
     }
 
     def plot(self, ax: Any = None) -> Any:
-        """One heat map a panel, the block marked; on ``ax``, CKA across each block."""
+        """One heat map per panel, the block marked; on ``ax``, CKA across each block."""
         with drawing.style():
             if ax is not None:
                 return self._bars(ax)

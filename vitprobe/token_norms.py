@@ -115,7 +115,7 @@ class TokenNormsResult(Result):
     def plot(self, ax: Any = None) -> Any:
         """For each model the norms against depth, and maps of the last layer over some images.
 
-        On ``ax``, the share of outliers against depth, a line a model.
+        On ``ax``, the share of outliers against depth, a line per model.
         """
         with drawing.style():
             if ax is not None:

@@ -39,7 +39,7 @@ class Task:
 def open_task(
     images: Any, test_images: Any, shots: int, draws: int, num_test: int | None, seed: int
 ) -> Task:
-    """Draw ``shots`` images a class, ``draws`` times, disjoint where there are enough.
+    """Draw ``shots`` images per class, ``draws`` times, disjoint where there are enough.
 
     Args:
         images: to fit on; a folder or tar of class folders, an ``.npz`` with labels, ``Images``.

@@ -181,7 +181,7 @@ def _trained(card: dict[str, Any]) -> str:
         count, times = distinct, f", {round(count / distinct)} times each"
     start = recipe.get("start", "random weights")
     begun = "" if start == "random weights" else f"from {start}, then "
-    return f"bundled, {begun}trained on {count:,} pictures{times}"
+    return f"bundled, {begun}trained on {count:,} images{times}"
 
 
 def _eval_transform(size: tuple[int, int, int], mean: list[float], std: list[float]) -> Any:

@@ -42,8 +42,8 @@ def _without_registers(result: Any, model: int, rows: np.ndarray) -> Finding:
         "Darcet et al. 2024, Fig. 3 and 4",
         combine([decided(*late, A_FEW), decided(-early[0], early[1], -A_FEW)]),
         f"share of patches above {result.meta['times']:g} times the layer's median, last third of "
-        f"blocks {_per_cent(*late)} (more than {A_FEW:.1%} asked), first third "
-        f"{_per_cent(*early)} (less asked)",
+        f"blocks {_per_cent(*late)} (threshold > {A_FEW:.1%}), first third "
+        f"{_per_cent(*early)} (threshold < {A_FEW:.1%})",
         "outliers in late blocks",
     )
 
@@ -67,8 +67,8 @@ def _with_registers(result: Any, model: int, rows: np.ndarray) -> Finding:
             ]
         ),
         f"share of patches above {result.meta['times']:g} times the layer's median, last third of "
-        f"blocks {_per_cent(*late)} (less than {A_FEW:.1%} asked); largest register of the last "
-        f"layer over the patches' 99th percentile {plus_minus(*ratio)} (more than 1 asked)",
+        f"blocks {_per_cent(*late)} (threshold < {A_FEW:.1%}); largest register of the last "
+        f"layer over the patches' 99th percentile {plus_minus(*ratio)} (threshold > 1)",
         "registers in the outliers' stead",
     )
 

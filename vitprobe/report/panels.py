@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Beyond this a figure's values are left out of the page: they are pictures rather than tables.
+# Beyond this a figure's values are left out of the page: they are images rather than tables.
 MAX_CELLS = 400_000
 # Values are kept as 16-bit steps between a panel's extremes; the last step stands for undefined.
 STEPS = 65_534

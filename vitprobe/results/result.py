@@ -183,7 +183,7 @@ class Result:
         return []
 
     def to_csv(self, path: str | Path, quantities: Sequence[str] = ()) -> Path:
-        """Write the numbers as a long table (tidy data): one number a row; see ``results.tables``.
+        """Write the numbers as a long (tidy) table, one number per row; see ``results.tables``.
 
         Columns: ``quantity`` (the array's name); where the number stands (``model``, ``layer``,
         ``head``, ...; a second layer in ``model_2``, ``layer_2``); ``value``; ``standard_error``.
@@ -258,7 +258,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the figure, and the claims with their verdicts under it."""
-        picture = base64.b64encode(self._repr_png_()).decode()
+        encoded = base64.b64encode(self._repr_png_()).decode()
         rows = "".join(
             "<tr>"
             + "".join(
@@ -271,7 +271,7 @@ class Result:
         name = f"{self.analysis} of {', '.join(self.models)}"
         return (
             f'<img alt="{html.escape(name)}" style="max-width:100%;background:white" '
-            f'src="data:image/png;base64,{picture}">' + (f"<table>{rows}</table>" if rows else "")
+            f'src="data:image/png;base64,{encoded}">' + (f"<table>{rows}</table>" if rows else "")
         )
 
     def _repr_png_(self) -> bytes:

@@ -1,10 +1,10 @@
-"""A result as one long table: a number a row, and where it stands in names.
+"""A result as one long table: one number per row, and in names where it stands.
 
 Results declare the axes of their arrays (``Result.axes``). The arrays sort themselves by type:
 
 - text (``layers``), and indices called ``A_of_B`` (``model_of_layer``), say where along their axes
   a number stands: they become columns named in the singular (``layer``, ``model``);
-- all others hold quantities, each number a row; ``X_se`` is the standard error of ``X`` (or
+- all others hold quantities, one number per row; ``X_se`` is the standard error of ``X`` (or
   ``X_px``) and stands beside it.
 
 An axis without a text array is counted from 0, or named by ``Result.names``. An axis met a second

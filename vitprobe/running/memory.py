@@ -66,7 +66,7 @@ def forecast(
     Args:
         modules: the models, which see the same images one after the other.
         example: for each its inputs (n, C, H, W), of a few images.
-        batch_size: images a batch.
+        batch_size: images per batch.
         waiting: batches that wait to be taken, in the same memory.
         own: bytes of what is measured.
     """

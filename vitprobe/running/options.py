@@ -18,7 +18,7 @@ class Options:
     Attributes:
         names: what figures call the models, one for each; their own names by default.
         num_images: how many images, drawn by ``seed``; all by default.
-        batch_size: images a batch, at most; all batches are of one size or differ by one image.
+        batch_size: images per batch, at most; all batches are of one size or differ by one image.
         image_size: side in pixels for models that allow another one than their own.
         device: ``auto`` (cuda, mps, cpu in this order), or one by name.
         precision: ``fp32``, or ``bf16`` (autocast).

@@ -307,7 +307,7 @@ def _told(error: Exception, models: list[Model], options: Options) -> VitprobeEr
     if memory.ran_out(error):
         named = " and ".join(model.name for model in models) or "the models"
         return VitprobeError(
-            f"Out of memory on {options.device} for {options.batch_size} images a batch and "
+            f"Out of memory on {options.device} for {options.batch_size} images per batch and "
             f"{named}."
         )
     return forward_failure(error, [(model.name, model.module) for model in models])

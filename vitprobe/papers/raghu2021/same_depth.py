@@ -85,7 +85,7 @@ def _third(line: Tensor, direction: slice) -> Tensor:
 
 
 def draw(ax: Any, result: Any) -> Any:
-    """A line a pair, CKA against depth, with standard errors; ``result`` is a ``CKAResult``."""
+    """A line per pair, CKA against depth, with standard errors; ``result`` is a ``CKAResult``."""
     for one in result.meta["same_depth"]:
         a, b = one["pair"]
         value, error = result.diagonal(a, b)
