@@ -91,7 +91,11 @@ def plan_of(
     whole = [site for site in sites if not site.branch]
     with ready.autocast():
         boxes = theoretical_fields(
-            model.module, [s.layer for s in whole], [s.centre for s in whole], example[:1]
+            model.module,
+            [site.layer for site in whole],
+            [site.centre for site in whole],
+            example[:1],
+            [site.places for site in whole],
         )
     # A branch stands before its sum, and sees no farther.
     boxes = [box for box in boxes for _ in range(together)]

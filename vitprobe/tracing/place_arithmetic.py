@@ -6,6 +6,7 @@ along it, and looked at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +59,15 @@ def spread(place: Tensor, axis: int) -> float:
         high = torch.where(there, part, -torch.inf).amax(axis)
         widest = max(widest, float((high - low).amax()))
     return max(widest, 0.0)
+
+
+def mover(function: Callable) -> Callable:
+    """The operation as it can be done to places, too, which lie otherwise in memory."""
+    instead: dict[Callable, Callable] = {
+        Tensor.view: Tensor.reshape,
+        Tensor.view_as: Tensor.reshape_as,
+    }
+    return instead.get(function, function)
 
 
 def compact(place: Tensor) -> Tensor:

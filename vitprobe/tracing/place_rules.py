@@ -22,6 +22,7 @@ from vitprobe.tracing.place_arithmetic import (
     compact,
     middle,
     mixes_all,
+    mover,
     nowhere,
     place_of,
     put,
@@ -80,7 +81,8 @@ def _move(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Ten
             return type(value)(swap(item) for item in value)
         return value
 
-    moved = function(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
+    named = {key: swap(value) for key, value in kwargs.items()}
+    moved = mover(function)(*map(swap, args), **named)
     return [place for _, place in tensors(moved)]
 
 

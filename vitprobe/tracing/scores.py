@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vitprobe.tracing.attention_operations import PRODUCTS, SOFTMAXES
+from vitprobe.tracing.place_arithmetic import mover
 from vitprobe.tracing.place_rules import einsum_place
 from vitprobe.tracing.tokens import MOVING, TOLERANCE_PX, Following, middle, place_of, spread
 from vitprobe.tracing.trace import tensors
@@ -62,7 +63,7 @@ class Scores(Following):
                     tensor._vitprobe_map = True  # type: ignore[attr-defined]
                     _put(tensor, None, -1)
         elif name in _MOVED and args[0] is source:
-            moved = function(columns_of(source), *args[1:], **kwargs)
+            moved = mover(function)(columns_of(source), *args[1:], **kwargs)
             for tensor, (_, columns) in zip(found, tensors(moved)):
                 _put(tensor, columns, product_of(source))
         else:
