@@ -76,6 +76,16 @@ WAYS = {
     "values first": lambda q, k, v: (
         v.transpose(-2, -1) @ softmaxed(q, k).transpose(-2, -1)
     ).transpose(-2, -1),
+    "einsum": lambda q, k, v: torch.einsum("bhij,bhjd->bhid", softmaxed(q, k), v),
+    "einsum, scores too": lambda q, k, v: torch.einsum(
+        "zhqk,zhkc->zhqc", torch.einsum("zhqc,zhkc->zhqk", q, k).softmax(-1), v
+    ),
+    "einsum, values first": lambda q, k, v: torch.einsum("bhjd,bhij->bhid", v, softmaxed(q, k)),
+    "einsum, ellipsis": lambda q, k, v: torch.einsum("...ij,...jd->...id", softmaxed(q, k), v),
+    "einsum, heads behind": lambda q, k, v: torch.einsum(
+        "bhij,bjhd->bihd", softmaxed(q, k), v.transpose(1, 2)
+    ).transpose(1, 2),
+    "a softmax module": lambda q, k, v: nn.Softmax(-1)(q @ k.mT) @ v,
     "heads in the batch": lambda q, k, v: torch.bmm(softmaxed(q, k).flatten(0, 1), v.flatten(0, 1)),
 }
 

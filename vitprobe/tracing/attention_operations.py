@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitprobe.tracing.einsum import as_product, subscripts
 from vitprobe.tracing.masks import hidden_of, mask_of, masks_of_pytorchs, put_hidden
 from vitprobe.tracing.observing import Observer
 from vitprobe.tracing.tokens import place_of, put
+from vitprobe.tracing.trace import tensors
 
 SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm}
@@ -104,6 +106,7 @@ class _Tag:
     softmax: int
     turned: bool = False
     altered: bool = False
+    axis: int = -1  # that it was taken over
 
 
 class AttentionObserver(Observer):
@@ -123,10 +126,11 @@ class AttentionObserver(Observer):
         self.count = self.softmaxes = 0
 
     def after(self, function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        if function in SOFTMAXES and _over_keys(args, kwargs, result):
-            result._vitprobe_softmax = _Tag(self.softmaxes)
+        if function in SOFTMAXES and (axis := _over_keys(args, kwargs, result)):
+            result._vitprobe_softmax = _Tag(self.softmaxes, axis=axis)
             self.softmaxes += 1
-            self.note_softmax()
+            if axis == -1:
+                self.note_softmax()
         for operation in _recognise(function, args, kwargs, result):
             self.count += 1
             self.attend(self.count - 1, operation)
@@ -148,14 +152,41 @@ def _recognise(
             )  # fmt: skip
     elif function in PRODUCTS:
         left, right = args[0], args[1]
-        if (tag := _tag(left)) and not tag.turned:
+        if (tag := _tag(left)) and not tag.turned and tag.axis == -1:
             yield Operation(result, left, right, right, left, tag.altered, tag.softmax)
-        elif (tag := _tag(right)) and tag.turned:
+        elif (tag := _tag(right)) and tag.turned and tag.axis == -1:
             # values · mapᵀ: the same product, written the other way round.
             map_, value = _turned(right), _turned(left)
             yield Operation(result.mT, map_, value, value, map_, tag.altered, tag.softmax)
+    elif function is torch.einsum and any(_tag(tensor) for _, tensor in tensors(args)):
+        yield from _summed(args, result)
     else:
         _carry_tag(function, args, result)
+
+
+def _summed(args: tuple, result: Tensor) -> Iterator[Operation]:
+    """A product of a map and values that is written as ``einsum``."""
+    asked = subscripts(args)
+    if asked is None or len(asked.operands) != 2:
+        return
+    for i, (map_, value) in enumerate((asked.operands, asked.operands[::-1])):
+        tag = _tag(map_)
+        product = tag and as_product(asked, i, -2 if tag.turned else tag.axis)
+        if not tag or not product:
+            continue
+        turned, values = product.turn_map(map_), product.turn_values(value)
+        for tensor, source, turn in (
+            (turned, map_, product.turn_map), (values, value, product.turn_values)
+        ):  # fmt: skip
+            if isinstance(place := place_of(source), Tensor):
+                put(tensor, turn(place))
+            elif isinstance(place, str):
+                put(tensor, place)
+        hidden = hidden_of(map_)
+        put_hidden(turned, None if hidden is None else product.turn_map(hidden))
+        out = product.turn_result(result)
+        yield Operation(out, turned, values, values, turned, tag.altered, tag.softmax)
+        return
 
 
 def _exactly(function: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -168,9 +199,12 @@ def _exactly(function: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return function(*map(wide, args), **{name: wide(value) for name, value in kwargs.items()})[0]
 
 
-def _over_keys(args: tuple, kwargs: dict[str, Any], result: Tensor) -> bool:
+def _over_keys(args: tuple, kwargs: dict[str, Any], result: Tensor) -> int | None:
+    """The axis, from the end, of a softmax that can be one over keys."""
     axis = args[1] if len(args) > 1 else kwargs.get("dim")
-    return result.ndim >= 3 and axis in (-1, result.ndim - 1) and result.shape[-1] > 1
+    if not isinstance(axis, int) or result.ndim < 3 or result.shape[axis] < 2:
+        return None
+    return axis if axis < 0 else axis - result.ndim
 
 
 def _fused(
@@ -203,6 +237,8 @@ def _carry_tag(function: Any, args: tuple, result: Any) -> None:
         return
     tag, name = _tag(source), getattr(function, "__name__", "").strip("_")
     assert tag is not None
+    if tag.axis != -1 and (result.shape != source.shape or name in (*_TURNING, "reshape", "view")):
+        return
     same_end = result.shape[-2:] == source.shape[-2:]
     if name in _TURNING:
         there, here = source.stride()[-2:], result.stride()[-2:]
@@ -214,7 +250,7 @@ def _carry_tag(function: Any, args: tuple, result: Any) -> None:
         if same_end:
             result._vitprobe_softmax = tag  # type: ignore[attr-defined]
     elif result.shape == source.shape:
-        result._vitprobe_softmax = _Tag(tag.softmax, tag.turned, True)  # type: ignore[attr-defined]
+        result._vitprobe_softmax = _Tag(tag.softmax, tag.turned, True, tag.axis)  # type: ignore[attr-defined]
 
 
 def joined(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:

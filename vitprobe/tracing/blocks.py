@@ -117,21 +117,22 @@ def _made_of_unlike(units: list[_Unit], trace: Trace, modules: dict[str, nn.Modu
     Or of one unit and other weights, in a network where every unit stands so (ConvMixer's).
     """
     known = {(unit.call.name, unit.call.index) for unit in units}
-    rows: defaultdict[type, list[tuple[_Unit, tuple]]] = defaultdict(list)
+    rows: defaultdict[tuple[type, str], list[tuple[_Unit, tuple]]] = defaultdict(list)
     for call in trace.calls:
         inner = [unit for unit in units if contains(call, unit.call)]
         if call.name and inner and (call.name, call.index) not in known:
             kinds = tuple(_wrapped(unit.call, modules) for unit in inner)
             whole = _Unit(call, [step for unit in inner for step in unit.steps])
-            rows[type(modules[call.name])].append((whole, kinds))
+            rows[type(modules[call.name]), pattern(call.name)].append((whole, kinds))
     found: list[_Unit] = []
-    for kind, row in rows.items():
+    for (kind, _), row in rows.items():
         wholes, (kinds, *others) = [whole for whole, _ in row], {kinds for _, kinds in row}
         if len(row) < 2 or others:
             continue
         if issubclass(kind, GENERIC):
             calls = [whole.call for whole in wholes]
-            other_end = all(whole.last.node != node_of(whole.call.outputs) for whole in wholes)
+            ends = {node_of(unit.call.outputs) for unit in units}
+            other_end = not any(node_of(whole.call.outputs) in ends for whole in wholes)
             fits = len(kinds) == 1 and len(row) == len(units) and follow(calls, trace.nodes)
             fits = fits and other_end
         else:

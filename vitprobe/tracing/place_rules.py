@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitprobe.tracing.einsum import subscripts
 from vitprobe.tracing.place_arithmetic import (
     NOWHERE,
     TOLERANCE_PX,
@@ -134,11 +135,10 @@ def einsum_place(args: tuple, result: Tensor, columns: bool = False) -> Tensor |
     Returns:
         Places of the result, or None where they are lost.
     """
-    given = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-    inputs, _, output = args[0].replace(" ", "").partition("->")
-    names = inputs.split(",")
-    if not output or "." in output or any(len(set(name)) < len(name) for name in names):
+    asked = subscripts(args)
+    if asked is None:
         return None
+    names, given, output = asked.inputs, asked.operands, asked.output
     placed = [(n, place_of(t)) for n, t in zip(names, given) if place_of(t) is not None]
     kept: list[tuple[str, Tensor]] = []
     for name, place in placed:

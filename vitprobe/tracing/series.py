@@ -33,9 +33,9 @@ def series(trace: Trace, modules: dict[str, nn.Module]) -> list[Place]:
         for call in candidates:
             kinds[_kind(call, modules)].append(call)
         rows = [row for row in kinds.values() if len(row) > 1 and follow(row, nodes)]
-        units = [call for row in rows if not _made_of(row, rows, nodes) for call in row]
-        # Neither parts of units nor rows that only stand in some of them.
-        units = [call for call in units if not any(contains(one, call) for one in units)]
+        rows = [row for row in rows if not _made_of(row, rows, nodes)]
+        # No row of parts of units, all of them or some.
+        units = [call for row in rows if not _parts(row, rows) for call in row]
         if units:
             beside = _beside(units, candidates) if deep else []
             return [place for call in units + beside if (place := any_output(call))]
@@ -48,12 +48,16 @@ def _made_of(row: list[Call], rows: list[list[Call]], nodes: Sequence[Node]) -> 
     inner = [
         call
         for other in rows
-        if len(other) > len(row)
+        if len(other) > len(row) and all(any(contains(one, call) for one in row) for call in other)
         for call in other
-        if any(contains(one, call) for one in row)
     ]
     inner = [call for call in inner if not any(contains(one, call) for one in inner)]
     return 2 * sum(depth(call, nodes) for call in inner) > whole
+
+
+def _parts(row: list[Call], rows: list[list[Call]]) -> bool:
+    others = [one for other in rows if other is not row for one in other]
+    return any(contains(one, call) for one in others for call in row)
 
 
 def _beside(units: list[Call], others: list[Call]) -> list[Call]:
