@@ -126,7 +126,11 @@ class Session:
 
     def layers(self, m: int) -> LayerMap:
         """The layers of a model, found in passes of the example."""
-        return self._once("layers", m, map_layers)
+        new = ("layers", id(self.models[m])) not in self._found
+        found = self._once("layers", m, map_layers)
+        if new and found.remark and processes.is_main_process():
+            print(f"vitprobe: {found.remark}", file=sys.stderr)
+        return found
 
     def attention(self, m: int) -> AttentionMap:
         """The attention layers of a model, found in passes of the example.

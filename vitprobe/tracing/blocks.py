@@ -120,7 +120,10 @@ def _made_of_unlike(units: list[_Unit], trace: Trace, modules: dict[str, nn.Modu
     rows: defaultdict[tuple[type, str], list[tuple[_Unit, tuple]]] = defaultdict(list)
     for call in trace.calls:
         inner = [unit for unit in units if contains(call, unit.call)]
-        if call.name and inner and (call.name, call.index) not in known:
+        apart = isinstance(modules[call.name], GENERIC) and any(
+            unit.call.name.rpartition(".")[0] != call.name for unit in inner
+        )
+        if call.name and inner and not apart and (call.name, call.index) not in known:
             kinds = tuple(_wrapped(unit.call, modules) for unit in inner)
             whole = _Unit(call, [step for unit in inner for step in unit.steps])
             rows[type(modules[call.name]), pattern(call.name)].append((whole, kinds))

@@ -127,7 +127,7 @@ def _mark(
 def _as_it_was(by_image: Tensor, layer: Layer) -> Tensor:
     """The inverse of ``Layer.by_image``."""
     if layer.fold > 1:
-        by_image = by_image.flatten(0, 1)
+        by_image = (by_image if layer.images_first else by_image.movedim(0, 1)).flatten(0, 1)
     return by_image.movedim(0, layer.axis) if layer.axis else by_image
 
 

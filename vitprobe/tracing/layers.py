@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import isfinite
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from vitprobe.errors import VitprobeError, nearest
 from vitprobe.tracing.blocks import find_blocks
 from vitprobe.tracing.failures import forward_failure
+from vitprobe.tracing.rows import Examined, Key, Rows, examine
 from vitprobe.tracing.trace import Addition, Call, Trace, record
 
 CHOICES = ("blocks", "paper", "all")
-# One image alone and the same image in a batch of two differ by rounding only: measured up to
-# 1e-5 in float32 and 2e-2 in bfloat16. Rows of mixed images differ by far more.
-MIXING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Layer:
         addition: the residual addition, where it is one.
         axis: the axis that counts the images.
         fold: how many rows along it belong to an image (windows folded into the batch).
+        images_first: whether the rows of an image lie together there.
         shape: of one image's part, the image axis left out.
         identity: equal for tensors that hold the very same values.
     """
@@ -53,28 +52,39 @@ class Layer:
     addition: Addition | None = None
     axis: int = 0
     fold: int = 1
+    images_first: bool = True
     shape: tuple[int, ...] = ()
     identity: tuple[int, ...] = ()
 
     def by_image(self, tensor: Tensor) -> Tensor:
         """The tensor with its images along the first axis, and only they."""
-        if self.axis:
-            tensor = tensor.movedim(self.axis, 0)
-        if self.fold > 1:
-            tensor = tensor.unflatten(0, (-1, self.fold))
-        return tensor
+        rank = len(self.shape) + (self.fold == 1)
+        if tensor.ndim != rank and tensor.numel() == prod(self.shape):
+            return tensor.reshape(1, *self.shape)  # a batch of one whose axis was squeezed away
+        return Rows(self.axis, self.fold, self.images_first).by_image(tensor)
 
 
 @dataclass(frozen=True)
 class LayerMap:
-    """Every tensor of a model's forward pass that can be a layer, and what chooses among them."""
+    """Every tensor of a model's forward pass that can be a layer, and what chooses among them.
+
+    Attributes:
+        model: its name.
+        layers: in forward order.
+        trace: of the pass.
+        never_ran: names of modules.
+        left_out: tensors that are of the image and no layers, and why.
+        modules: by qualified name.
+        names: further names of modules that stand in several places: the layers that they mean.
+    """
 
     model: str
     layers: list[Layer]
     trace: Trace
     never_ran: list[str]
-    mixed: list[str]
+    left_out: dict[str, str]
     modules: dict[str, nn.Module]
+    names: dict[str, list[Layer]]
 
     @property
     def has_attention(self) -> bool:
@@ -132,23 +142,38 @@ class LayerMap:
         """Every distinct tensor that a module puts out; what passes through is not repeated."""
         return _distinct([layer for layer in self.layers if layer.point == "output"])
 
+    @property
+    def remark(self) -> str:
+        """A line on what is left out, or nothing."""
+        if not self.left_out:
+            return ""
+        (label, why), *others = self.left_out.items()
+        more = f", and so are {len(others)} more" if others else ""
+        return f"{self.model}: {label} {why} and is left out{more}."
+
     def _named(self, pattern: str) -> list[Layer]:
-        found = [
-            layer
-            for layer in self.layers
-            if fnmatchcase(layer.label, pattern)
-            or (layer.point == "output" and fnmatchcase(layer.module, pattern))
-        ]
+        outputs = [layer for layer in self.layers if layer.point == "output"]
+        # A name as it was printed means that very layer, whatever brackets are in it.
+        found = (
+            [layer for layer in self.layers if layer.label == pattern]
+            or [layer for layer in outputs if layer.module == pattern]
+            or self.names.get(pattern, [])
+        )
         if found:
             return found
-        idle = [name for name in self.never_ran if fnmatchcase(name, pattern)]
+        wild = pattern.replace("[", "[[]")
+        found = [layer for layer in self.layers if fnmatchcase(layer.label, wild)]
+        found += [layer for layer in outputs if fnmatchcase(layer.module, wild)]
+        for name, layers in self.names.items():
+            found += layers if fnmatchcase(name, wild) else []
+        if found:
+            return found
+        idle = [name for name in self.never_ran if fnmatchcase(name, wild)]
         if idle:
             raise VitprobeError(f"The layer {idle[0]} of {self.model} never ran.")
-        mixed = [label for label in self.mixed if fnmatchcase(label, pattern)]
-        if mixed:
-            raise VitprobeError(
-                f"The layer {mixed[0]} of {self.model} has no rows that belong to one image each."
-            )
+        for label, why in self.left_out.items():
+            if fnmatchcase(label, wild):
+                raise VitprobeError(f"The layer {label} of {self.model} {why}.")
         labels = [layer.label for layer in self.layers]
         raise VitprobeError(
             f"--layers: {self.model} has no layer {pattern!r}.{nearest(pattern, labels)} "
@@ -157,93 +182,85 @@ class LayerMap:
 
 
 def map_layers(name: str, module: nn.Module, example: Tensor) -> LayerMap:
-    """Watch a model on one image and on two.
+    """Watch a model on two images, and see with three what each tensor says of an image.
 
     Args:
         name: of the model, for messages.
         module: in evaluation mode.
         example: (2, C, H, W) on the module's device; the images should differ.
+
+    Raises:
+        VitprobeError: the pass fails, is random, or mixes the images of a batch.
     """
-    norms: dict[tuple[str, int, str], tuple[tuple[int, ...], float]] = {}
-
-    def one(call: Call, suffix: str, tensor: Tensor) -> None:
-        if tensor.is_floating_point():
-            norms[call.name, call.index, suffix] = tuple(tensor.shape), _norm(tensor)
-
-    mixing: dict[tuple[str, int, str], tuple[int, int, bool]] = {}
-
-    def two(call: Call, suffix: str, tensor: Tensor) -> None:
-        key = call.name, call.index, suffix
-        if key not in norms:
-            return
-        shape, norm = norms[key]
-        place = _image_axis(shape, tuple(tensor.shape))
-        if place is None:
-            return
-        axis, fold = place
-        first = tensor.movedim(axis, 0)[:fold]
-        allowed = MIXING_TOLERANCE.get(tensor.dtype, 5e-2) * max(norm, 1e-6)
-        # Values that are not finite tell nothing of rows; the measurement names their layer.
-        mixes = isfinite(norm) and not abs(_norm(first) - norm) <= allowed
-        mixing[key] = axis, fold, mixes
-
     try:
-        alone = record(module, example[:1], on_output=one)
-        trace = record(module, example[:2], on_output=two)
+        with torch.no_grad():
+            module(example[:2])  # whatever it computes once and keeps
+        trace = record(module, example[:2])
+        outputs = {
+            (call.name, call.index, suffix): (call, info)
+            for call in trace.calls
+            for suffix, info in call.outputs
+            if info.depends and info.dtype.is_floating_point
+        }
+        shapes: dict[Key, tuple[int, ...]] = {key: info.shape for key, (_, info) in outputs.items()}
+        shapes |= {addition: addition.shape for addition in trace.additions}
+        examined = examine(name, module, example, shapes)
     except Exception as error:
         told = forward_failure(error, [(name, module)])
         if told is None:
             raise
         raise told from error
-    layers, mixed = [], []
-    for call in trace.calls:
-        for suffix, info in call.outputs:
-            key = call.name, call.index, suffix
-            if not info.depends or key not in mixing:
-                continue
-            axis, fold, mixes = mixing[key]
-            label = _label(trace, call, suffix)
-            if mixes:
-                mixed.append(label)
-                continue
+    layers: list[Layer] = []
+    left_out: dict[str, str] = {}
+    for key, (call, info) in outputs.items():
+        label, rows = _label(trace, call, key[2]), examined.rows.get(key)
+        if rows is not None:
             layers.append(
                 Layer(
                     label,
                     call.finished,
-                    call.name,
-                    call.index,
-                    suffix,
-                    axis=axis,
-                    fold=fold,
-                    shape=_one_image(info.shape, axis, fold),
+                    *key,
+                    **vars(rows),
+                    shape=_one_image(info.shape, rows),
                     identity=info.identity,
                 )
             )
-    layers += _sums(alone, trace)
+        elif info.shape:
+            left_out[label] = (
+                "has no rows that belong to one image each"
+                if key in examined.mixed
+                else "has no axis that counts the images"
+            )
+    layers += _sums(trace, examined)
     layers += _hiddens(trace, module, layers)
     layers.sort(key=lambda layer: layer.time)
     ran = {call.name for call in trace.calls}
     modules = dict(module.named_modules())
-    return LayerMap(name, layers, trace, [n for n in modules if n not in ran], mixed, modules)
+    names = _further_names(module, modules, layers)
+    idle = [name for name in modules if name not in ran]
+    return LayerMap(name, layers, trace, idle, left_out, modules, names)
 
 
-def _norm(tensor: Tensor) -> float:
-    return float(tensor.double().norm() if tensor.device.type != "mps" else tensor.norm())
+def _further_names(
+    module: nn.Module, modules: dict[str, nn.Module], layers: list[Layer]
+) -> dict[str, list[Layer]]:
+    """Each further name of a module: the call that it stands for, if each name has one."""
+    first = {id(child): name for name, child in modules.items()}
+    alike: dict[str, list[str]] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        alike.setdefault(first[id(child)], []).append(name)
+    found: dict[str, list[Layer]] = {}
+    for original, names in alike.items():
+        mine = [la for la in layers if la.module == original and la.point == "output"]
+        calls = max((layer.index for layer in mine), default=0) + 1
+        for i, name in enumerate(names[1:], 1):
+            found[name] = [la for la in mine if la.index == i] if calls == len(names) else mine
+    return {name: layers for name, layers in found.items() if layers}
 
 
-def _image_axis(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[int, int] | None:
-    """(axis, rows an image): the axis that doubles with the number of images."""
-    if len(one) != len(two) or not one:
-        return None
-    differing = [axis for axis, (a, b) in enumerate(zip(one, two)) if a != b]
-    if len(differing) != 1 or two[differing[0]] != 2 * one[differing[0]]:
-        return None
-    return differing[0], one[differing[0]]
-
-
-def _one_image(shape: tuple[int, ...], axis: int, fold: int) -> tuple[int, ...]:
-    rest = shape[:axis] + shape[axis + 1 :]
-    return (fold, *rest) if fold > 1 else rest
+def _one_image(shape: tuple[int, ...], rows: Rows) -> tuple[int, ...]:
+    rest = shape[: rows.axis] + shape[rows.axis + 1 :]
+    return (rows.fold, *rest) if rows.fold > 1 else rest
 
 
 def _label(trace: Trace, call: Call, suffix: str) -> str:
@@ -252,19 +269,18 @@ def _label(trace: Trace, call: Call, suffix: str) -> str:
     return f"{call.name or 'output'}{number}{suffix}"
 
 
-def _sums(alone: Trace, trace: Trace) -> Iterator[Layer]:
+def _sums(trace: Trace, examined: Examined) -> Iterator[Layer]:
     """The residual additions; those of one module are numbered."""
     total: dict[str, int] = {}
     for addition in trace.additions:
         total[addition.module] = total.get(addition.module, 0) + 1
     count: dict[str, int] = {}
-    for single, addition in zip(alone.additions, trace.additions):
+    for addition in trace.additions:
         count[addition.module] = count.get(addition.module, 0) + 1
         number = f" {count[addition.module]}" if total[addition.module] > 1 else ""
-        place = _image_axis(single.shape, addition.shape)
-        if place is None:
+        rows = examined.rows.get(addition)
+        if rows is None:
             continue
-        axis, fold = place
         yield Layer(
             f"{addition.module or 'output'} sum{number}",
             addition.started,
@@ -272,9 +288,8 @@ def _sums(alone: Trace, trace: Trace) -> Iterator[Layer]:
             addition.index,
             point="addition",
             addition=addition,
-            axis=axis,
-            fold=fold,
-            shape=_one_image(addition.shape, axis, fold),
+            **vars(rows),
+            shape=_one_image(addition.shape, rows),
             identity=(-1, addition.ordinal),
         )
 

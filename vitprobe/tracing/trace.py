@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .additions import ADDS, Addition, AdditionHooks, operands
 from .observing import unobserved
+from .outside import Origins
 from .residuals import Node, between, classify, is_linear
 from .special_cases import SUMS_OF_OPERATIONS
 
@@ -135,8 +136,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, names: dict[nn.Module, str], on_output: Callable | None):
+    def __init__(self, root: nn.Module, names: dict[nn.Module, str], on_output: Callable | None):
         super().__init__()
+        self.origins = Origins(root)
         self.names, self.on_output = names, on_output
         self.clock = self.adds = 0
         self.nodes: list[Node] = []
@@ -153,6 +155,10 @@ class _Recorder(TorchFunctionMode):
 
     def node_of(self, tensor: Tensor) -> Node | None:
         """The node of a tensor, in-place changes through other views of it included."""
+        if id(tensor) not in self.seen and self.stack and self.origins.is_outside(tensor):
+            # Of the images, by a way that was not seen: most likely of what was made last.
+            made = self.new_node(self.nodes[-1:], works=True, linear=False)
+            self.seen[id(tensor)] = (tensor, made, _version(tensor))
         _, node, version = self.seen.get(id(tensor), (tensor, None, -1))
         written = self.writes.get(_storage(tensor)) if self.writes else None
         if written is None or written[0] <= version:
@@ -216,6 +222,8 @@ class _Recorder(TorchFunctionMode):
         if name in _LIKE_ANOTHER:
             parents = [node for node in nodes[:1] if node]
         if not parents or name in _BLANK:
+            for _, tensor in tensors(result):
+                self.origins.know(tensor)
             return result
         weighted = any(
             node is None and sum(size > 1 for size in tensor.shape) >= 2
@@ -323,6 +331,7 @@ class _Recorder(TorchFunctionMode):
             if not self.stack:
                 for _, tensor in given:
                     self.seen[id(tensor)] = (tensor, self.new_node([]), _version(tensor))
+                    self.origins.begin(tensor)
             inputs = [(suffix, self.info(tensor)) for suffix, tensor in given]
             nodes = [node for _, tensor in given if (node := self.node_of(tensor))]
             name = self.names[module]
@@ -362,7 +371,8 @@ def record(
     ``on_output(call, suffix, tensor)`` gets every tensor that a module returns, at the
     moment it exists. All tensors of the pass stay in memory until it ends: give few images.
     """
-    recorder = _Recorder({child: name for name, child in module.named_modules()}, on_output)
+    names = {child: name for name, child in module.named_modules()}
+    recorder = _Recorder(module, names, on_output)
     handles = []
     try:
         for child in recorder.names:
