@@ -11,8 +11,10 @@ import html
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -105,6 +107,33 @@ def plus_minus(value: float | None, standard_error: float | None, digits: int = 
     if standard_error is None or not math.isfinite(standard_error):
         return text
     return f"{text} ± {standard_error:.{digits}f}"
+
+
+def _naming_the_untrained(findings: Callable[[Any], list[Finding]]) -> Any:
+    """Claims that say which networks are untrained: of random weights nothing follows for others.
+
+    Networks are so named by default (``NAME (random)``), but not where users give names.
+    """
+
+    @wraps(findings)
+    def named(result: Any) -> list[Finding]:
+        untrained = [
+            re.escape(model["name"])
+            for model in result.meta["models"]
+            if str(model.get("weights", "")).startswith("random") and "random" not in model["name"]
+        ]
+        found = findings(result)
+        if not untrained:
+            return found
+        pattern = re.compile(rf"(?<![\w.-])({'|'.join(untrained)})(?![\w-])")
+        return [
+            one
+            if "untrained" in one.claim
+            else replace(one, claim=pattern.sub(r"\1 (untrained)", one.claim))
+            for one in found
+        ]
+
+    return named
 
 
 @dataclass(frozen=True)
@@ -255,6 +284,8 @@ class Result:
     def __init_subclass__(cls) -> None:
         # dataclass() would give each subclass a repr of all its numbers.
         cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
+        if "findings" in vars(cls):
+            cls.findings = _naming_the_untrained(cls.findings)  # type: ignore[method-assign]
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the figure, and the claims with their verdicts under it."""
