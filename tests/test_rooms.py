@@ -9,11 +9,12 @@ import vitprobe
 from vitprobe.catalogue import measurements
 
 PACKAGE = Path(vitprobe.__file__).parent
+MEASUREMENTS = list(measurements())
 # A module may import from its own floor or a lower one: from the commands down to the errors.
 FLOORS = (
     ("__main__", "listing"),
     ("report",),
-    ("redraw", "together", *measurements()),
+    ("redraw", "together", *MEASUREMENTS),
     ("cli",),
     ("papers",),
     ("running",),
@@ -64,8 +65,8 @@ def test_imports_go_down(module):
     mine = room(module)
     for other in map(room, imports(MODULES[module])):
         assert FLOOR[other] >= FLOOR[mine], f"{module} imports {other}, which stands above it"
-        if mine in measurements():
-            assert other == mine or other not in measurements(), f"{module} imports {other}"
+        if mine in MEASUREMENTS:
+            assert other == mine or other not in MEASUREMENTS, f"{module} imports {other}"
 
 
 def test_the_images_and_the_models_do_not_know_each_other():
