@@ -106,7 +106,7 @@ MEASUREMENTS: dict[str, Callable[[Model, torch.Tensor], Any]] = {
     "patch_embedding": lambda m, x: patch_embedding.measure(m),
 }
 NOTES = """`+` is yes, an empty cell *not in this architecture*. *Heads × layers* counts the layers
-that attend between places of the picture. *Sums* are residual additions: one operand goes into the
+that attend between places of the image. *Sums* are residual additions: one operand goes into the
 other as it is, or both come from one tensor and one has met no weights, or fewer in a projection of
 the block's input. So conditional position encodings (x + dwconv(x)), MViTv2's pooled queries and
 SwiftFormer's queries count; parallel convolutions that are joined by a sum (RepVGG), fusion of
