@@ -126,7 +126,7 @@ class LinearProbeResult(Result):
                 axes[0, m].sharey(axes[0, 0])
                 last = int(self.rows_of(m)[-1])
                 image = drawing.heat_map(axes[1, m], grid, vmin=low, vmax=high)
-                axes[1, m].invert_yaxis()  # a image's first row is at its top
+                axes[1, m].invert_yaxis()  # an image's first row is at its top
                 axes[1, m].set(aspect="equal", xticks=[], yticks=[])
                 axes[1, m].set_title(f"each token, {drawing.short(str(self.layers[last]))}")
             figure.colorbar(image, ax=axes[1], label="accuracy", pad=0.01, panchor=False)

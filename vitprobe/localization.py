@@ -182,7 +182,7 @@ class LocalizationResult(Result):
         for ax, (down, along) in zip(row, spots):
             r, c = min(int(down * rows), rows - 1), min(int(along * columns), columns - 1)
             image = drawing.heat_map(ax, values[r, c], vmin=scale[0], vmax=scale[1])
-            ax.invert_yaxis()  # a image's first row is at its top
+            ax.invert_yaxis()  # an image's first row is at its top
             ax.set(aspect="equal", xticks=[], yticks=[])
             ax.set_title(f"token {r * columns + c} ({r}, {c})", fontsize=7)
             for colour, width in (("black", 2.4), ("white", 1.0)):  # seen on light and dark

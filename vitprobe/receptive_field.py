@@ -61,17 +61,17 @@ class ReceptiveFieldResult(Result):
     """Effective receptive fields of the centre of every layer.
 
     Attributes:
-        gradient: (layers, H, W) mean |∂centre/∂input|, float32; where models see pictures of
+        gradient: (layers, H, W) mean |∂centre/∂input|, float32; where models see images of
             several sizes, smaller ones end in NaN.
         gradient_se: (layers, H, W) jackknife standard error.
-        area50: (layers,) fraction of the picture that holds half of the mass.
+        area50: (layers,) fraction of the image that holds half of the mass.
         area50_se: (layers,) standard error.
-        area90: (layers,) fraction of the picture that holds nine tenths of the mass.
+        area90: (layers,) fraction of the image that holds nine tenths of the mass.
         area90_se: (layers,) standard error.
-        centre: (layers,) fraction of the mass within the layer's own centre cell of the picture.
+        centre: (layers,) fraction of the mass within the layer's own centre cell of the image.
         centre_se: (layers,) standard error.
         box: (layers, 4) theoretical field: first row, first column, last row, last column; NaN
-            where there is no smaller one than the picture.
+            where there is no smaller one than the image.
         trends: (models, 5) ``area90`` of the lowest third of the layers on average, of the layer at
             half depth, of the highest third; how much more of the mass the
             centre cell holds at half depth than the largest other; and how much larger ``centre``
@@ -138,7 +138,7 @@ class ReceptiveFieldResult(Result):
         return self.gradient[layer, :rows, :columns]
 
     def plot(self, ax: Any = None) -> Any:
-        """Fields of up to eight layers a model, linear and logarithmic, and areas against depth.
+        """Fields of up to eight layers per model, linear and logarithmic, and areas against depth.
 
         On ``ax``, the areas.
         """
@@ -175,7 +175,7 @@ class ReceptiveFieldResult(Result):
             image = drawing.heat_map(
                 one, shown, vmin=-4 if log else 0, vmax=0 if log else 1, cmap="viridis"
             )
-            # Pictures begin at their upper left.
+            # Images begin at their upper left.
             one.set(xticks=[], yticks=[], aspect="equal", ylim=(len(field) - 0.5, -0.5))
             if not log:
                 one.set_title(drawing.short(str(self.layers[layer]), 20), fontsize=7)
@@ -226,7 +226,7 @@ class ReceptiveFieldResult(Result):
                 )  # fmt: skip
                 ax.fill_between(depth, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
         ax.set(xlabel="depth (fraction of the layers)", ylim=(0, None))
-        ax.set_ylabel("area with 50 % and 90 %\nof the gradient (fraction of picture)")
+        ax.set_ylabel("area with 50 % and 90 %\nof the gradient (fraction of image)")
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
     def _untrained(self, model: int) -> bool:
@@ -454,7 +454,7 @@ def measure(
         pre_residual: instead of the layers, the residual additions of their modules: what the
             branch adds, and the sum.
         num_images: how many images; 64 by default, or as many as there are.
-        batch_size: images a batch. The graph of one batch is in memory, or of as much of it as
+        batch_size: images per batch. The graph of one batch is in memory, or of as much of it as
             fits into half of what is free.
         options: further fields of ``running.Options``.
 

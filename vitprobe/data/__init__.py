@@ -73,7 +73,7 @@ def small_stem(module: Any) -> nn.Module:
     """Let the deep stem (three 3x3 convolutions) of a timm ResNet keep its input's resolution.
 
     Changes ``module`` in place and returns it: stride 1 in the first convolution, no max-pooling.
-    For pictures of 32 pixels, of which the usual stem would leave an 8x8 map.
+    For images of 32 pixels, of which the usual stem would leave an 8x8 map.
     """
     module.conv1[0].stride = (1, 1)
     module.maxpool = nn.Identity()

@@ -1,6 +1,6 @@
-"""One picture: decoded within bounds, upright, 8-bit RGB; and where pictures come from.
+"""One image: decoded within bounds, upright, 8-bit RGB; and where images come from.
 
-A source opens the picture at a position and raises what its decoder raises, or ``GoneError``.
+A source opens the image at a position and raises what its decoder raises, or ``GoneError``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Pillow's own bound against small files that unfold to fill the memory; callers can lift that one.
 MAX_PIXELS = 178_956_970
-# A resized shorter side makes a picture beyond this as long as a large one is big.
+# A resized shorter side makes an image beyond this as long as a large one is big.
 MAX_ASPECT = 100
 # Errors of a file for itself; all others of the system mean that the images cannot be reached.
 _OF_THE_FILE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -31,11 +31,11 @@ class GoneError(Exception):
 
 
 def decoded(file: IO[bytes] | Path) -> Image.Image:
-    """The picture in a file, as ``rgb`` gives it.
+    """The image in a file, as ``rgb`` gives it.
 
     Raises:
         ValueError: more pixels, or longer in one direction, than can be decoded within bounds.
-        Exception: anything else that a decoder of a damaged picture raises.
+        Exception: anything else that a decoder of a damaged image raises.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -54,7 +54,7 @@ def decoded(file: IO[bytes] | Path) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The picture as a viewer shows it: upright, first frame, 8-bit RGB.
+    """The image as a viewer shows it: upright, first frame, 8-bit RGB.
 
     16-bit and floating-point greys are scaled to 8 bits; PIL's own conversion clips them to white.
     """
@@ -122,7 +122,7 @@ def _reachable(absent: bool = False) -> Iterator[None]:
 
 
 class DatasetSource:
-    """Pictures of a map-style dataset that gives (PIL image, label)."""
+    """Images of a map-style dataset that gives (PIL image, label)."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset

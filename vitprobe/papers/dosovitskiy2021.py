@@ -9,7 +9,7 @@ import numpy as np
 from vitprobe.results.result import Finding, decide, plus_minus
 from vitprobe.statistics.grids import axis_gain, decay, smoothness
 
-# White noise has a smoothness of 0 and a image nearly 1; "smooth" is ours.
+# White noise has a smoothness of 0 and an image nearly 1; "smooth" is ours.
 SMOOTH = 0.5
 LEADING = 4
 # What the paper shows without a number: ours. Differences are of cosines.

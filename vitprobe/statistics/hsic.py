@@ -43,7 +43,7 @@ def gram(features: Tensor) -> Tensor:
     What is too small or too large for that, and what may not vary at all, is computed in float64.
 
     Args:
-        features: (n, ...) one row an image; any floating type.
+        features: (n, ...) one row per image; any floating type.
 
     Returns:
         (n, n) float64; exactly 0 where no feature varies by more than rounding.

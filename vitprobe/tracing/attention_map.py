@@ -1,4 +1,4 @@
-"""Which layers of a model attend, and where in the picture their queries and keys stand.
+"""Which layers of a model attend, and where in the image their queries and keys stand.
 
 One watched pass tells: places travel with the vectors (``tracing.tokens``), and each attention
 operation (``attention_operations``) finds them on its operands. The pass runs on two images,
@@ -36,7 +36,7 @@ from vitprobe.tracing.tokens import (
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention operation over places of the picture.
+    """One attention operation over places of the image.
 
     Attributes:
         label: the module that attends; numbered where it does so more than once.
@@ -92,7 +92,7 @@ class AttentionMap:
     Attributes:
         model: its name.
         layers: in order of occurrence.
-        left_out: label -> why an attention operation is none between places of the picture.
+        left_out: label -> why an attention operation is none between places of the image.
         operations: how many attention operations a pass makes.
     """
 
@@ -127,7 +127,7 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
         example: (2, C, H, W) on the module's device.
 
     Raises:
-        VitprobeError: an attention layer's tokens cannot be placed in the picture.
+        VitprobeError: an attention layer's tokens cannot be placed in the image.
     """
     mapper = _Mapper(name, module)
     # A copy: the caller's tensor stays without a mark.
@@ -217,7 +217,7 @@ class _Mapper(AttentionObserver):
         if keys is None or queries is None:
             return "it attends over channels, not over places"
         if keys.isnan().all():
-            return "its keys stand nowhere in the picture"
+            return "its keys stand nowhere in the image"
         if queries.isnan().all():
             return "its queries are class tokens only"
         return _layout(queries, keys, leading) or "its rows do not belong to one image each"
