@@ -14,7 +14,7 @@ from vitprobe.models.loading import bundled_models
 
 ALL = "vit_small_box"
 LITTLE = f"{ALL}_10pct"
-# Without a network trained on a tenth of the pictures, the one trained on none stands in for it.
+# Without a network trained on a tenth of the images, the one trained on none stands in for it.
 if LITTLE in bundled_models():
     FIGURE = Figure(__doc__, __file__, attention_distance, models=[LITTLE, ALL], num_images=1024)
 else:

@@ -1,6 +1,6 @@
 """Raghu et al. 2021, Figure 12: CKA with networks trained on less data, block by block.
 
-Look for: networks trained on a tenth of the pictures and on all of them are alike in low blocks
+Look for: networks trained on a tenth of the images and on all of them are alike in low blocks
 and less and less so in high ones.
 
 No such series of the paper is public. With your own, from little to much data:
@@ -18,7 +18,7 @@ FIGURE = Figure(
     __doc__,
     __file__,
     cka,
-    note="" if len(LITTLE) == 2 else "one family of networks, on a tenth of the pictures",
+    note="" if len(LITTLE) == 2 else "one family of networks, on a tenth of the images",
     needs=PAIRS,
     pairwise=PAIRS,
     num_images=1024,

@@ -17,7 +17,7 @@ FIGURE = Figure(
     __doc__,
     __file__,
     linear_probe,
-    note="" if len(LITTLE) == 2 else "one family of networks, on a tenth of the pictures",
+    note="" if len(LITTLE) == 2 else "one family of networks, on a tenth of the images",
     needs=MODELS,
     models=MODELS,
 )

@@ -1,9 +1,9 @@
-"""Draw figures/training_curves.png: loss and test accuracy against pictures seen.
+"""Draw figures/training_curves.png: loss and test accuracy against images seen.
 
     python analyses/training_curves.py RUNS   # from the logs that train_family.py left in RUNS
     python analyses/training_curves.py        # again from figures/training_curves.npz
 
-The npz holds one (checkpoints, 3) array a network: pictures seen, mean training loss since the row
+The npz holds one (checkpoints, 3) array per network: images seen, mean training loss since the row
 before (nats), accuracy on the first 1,000 test scenes.
 """
 
@@ -33,8 +33,8 @@ fig, (loss_ax, accuracy_ax) = plt.subplots(1, 2, figsize=(9, 3.4), layout="const
 for name, (pictures_seen, loss, accuracy) in ((name, curve.T) for name, curve in curves.items()):
     loss_ax.plot(pictures_seen / 1000, loss, label=name)
     accuracy_ax.plot(pictures_seen / 1000, 100 * accuracy)
-loss_ax.set(xlabel="pictures seen (thousands)", ylabel="training loss (nats)", ylim=(0, None))
-accuracy_ax.set(xlabel="pictures seen (thousands)", ylabel="test accuracy (%)", ylim=(0, 100))
+loss_ax.set(xlabel="images seen (thousands)", ylabel="training loss (nats)", ylim=(0, None))
+accuracy_ax.set(xlabel="images seen (thousands)", ylabel="test accuracy (%)", ylim=(0, 100))
 accuracy_ax.axhline(10, color="0.6", lw=0.8, ls=":")
 fig.legend(*loss_ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 fig.savefig(STEM.with_suffix(".png"), dpi=110, pil_kwargs={"optimize": True})

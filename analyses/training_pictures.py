@@ -1,4 +1,4 @@
-"""What ``train_family.py`` trains on: digit scenes, or pictures in one folder per class."""
+"""What ``train_family.py`` trains on: digit scenes, or images in one folder per class."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SceneStream:
 
 
 class ClassFolders:
-    """A folder or tar of one folder per class, in memory; every tenth picture is for test."""
+    """A folder or tar of one folder per class, in memory; every tenth image is for test."""
 
     flip, description = True, "class folders"
 
@@ -54,12 +54,12 @@ class ClassFolders:
                 resized.append(np.asarray(image.convert("RGB").resize((SIDE_PX, SIDE_PX))))
             names.append(name)
         if not names:
-            raise SystemExit(f"{path}: no pictures in class folders (CLASS/NAME.jpg and the like)")
+            raise SystemExit(f"{path}: no images in class folders (CLASS/NAME.jpg and the like)")
         self.seed, self.classes = seed, tuple(sorted(set(names)))
         images, labels = np.stack(resized), np.searchsorted(self.classes, names).astype(np.int64)
         is_test = np.arange(len(labels)) % 10 == 9
         self.test: Pictures = (images[is_test], labels[is_test])
-        # Shuffled once, so that the first train_size pictures are of all classes.
+        # Shuffled once, so that the first train_size images are of all classes.
         order = np.random.default_rng(seed).permutation(np.flatnonzero(~is_test))[:train_size]
         self.images, self.labels = images[order], labels[order]
 
@@ -70,7 +70,7 @@ class ClassFolders:
 
 
 def class_pictures(path: Path) -> Iterator[tuple[str, IO[bytes] | Path]]:
-    """Class name and picture file, for each picture CLASS/NAME in a folder or (compressed) tar."""
+    """Class name and image file, for each image CLASS/NAME in a folder or (compressed) tar."""
     if path.is_dir():
         for file in sorted(path.glob("*/*")):
             if file.suffix.lower() in SUFFIXES:
