@@ -430,7 +430,7 @@ class TestLayout:
         found = mapped(create("cait_xxs24_224", img_size=64, depth=1), name="cait")
         assert not found.layers
         with pytest.raises(
-            VitprobeError, match=r"cait attends with weights that are no prob.* mix"
+            VitprobeError, match=r"cait attends with weights that are not prob.* mix"
         ):
             found.require("distance")
 

@@ -150,9 +150,9 @@ class AttentionDistanceResult(Result):
     def _caption(self) -> str:
         text = drawing.provenance_line(self.meta)
         text += (
-            " Rows of attention brought back to sum 1 over patches."
+            " Rows of attention renormalised to sum to 1 over patches."
             if self.meta["renormalise"]
-            else " Rows of attention not renormalised: attention to class tokens is no distance."
+            else " Rows of attention not renormalised: attention to class tokens has no distance."
         )
         text += " Bars: one standard error over images."
         for name, left_out in zip(self.models, self.meta["left_out"]):

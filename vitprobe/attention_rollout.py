@@ -138,7 +138,7 @@ class AttentionRolloutResult(Result):
                 trio[1].set_title(drawing.short(self.models[self.model_of_map[index]]), fontsize=7)
             text = drawing.provenance_line(self.meta)
             text += " Image, rollout to the class token (the mean of the patches' where there is"
-            text += " none), and the image lit by it; each map scaled to [0, 1] by itself."
+            text += " none), and the image weighted by it; each map is scaled to [0, 1]."
             channels = {one.get("channels", 3) for one in self.meta["maps"]}
             if max(channels) > 3:
                 text += " Of images of more than three channels the first three are shown."

@@ -79,7 +79,7 @@ class AttentionStatisticsResult(Result):
         "et al. 2023, Walmer et al. 2023.",
         "Entropy 1 is attention spread evenly over all patches, 0 is attention to one. A head "
         "whose mutual information is near 0 gives every query the same: its attention has "
-        "collapsed. A dot a head, against depth.",
+        "collapsed. One dot per head, against depth.",
     )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
         **{f"{name}{end}": ("layer", "head") for name in QUANTITIES for end in ("", "_se")},
@@ -88,7 +88,7 @@ class AttentionStatisticsResult(Result):
     }
 
     def plot(self, ax: Any = None) -> Any:
-        """Dots a head against depth: entropy, mutual information, class token and registers.
+        """Dots per head against depth: entropy, mutual information, class token and registers.
 
         On ``ax``, the mutual information.
         """
@@ -155,7 +155,7 @@ class AttentionStatisticsResult(Result):
 
     def _caption(self) -> str:
         text = drawing.provenance_line(self.meta)
-        text += " Rows of attention brought back to sum 1 over patches for entropy and NMI; dots:"
+        text += " Rows of attention renormalised over patches for entropy and NMI; dots:"
         text += " heads, lines: their means. Bars: one standard error over images."
         for name, left_out in zip(self.models, self.meta["left_out"]):
             if left_out:

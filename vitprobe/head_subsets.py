@@ -281,7 +281,8 @@ def _choose(ready: Session, layers: str | Sequence[str]) -> tuple[AttentionMap, 
         )
     if not maps[0].layers:
         raise VitprobeError(
-            f"Name the model with attention first: {ready.models[1].name} {ready.models[0].name}."
+            f"--models: name the model with attention first: {ready.models[1].name} "
+            f"{ready.models[0].name}."
         )
     return maps[0], ready.layers(1).choose(layers)[:LOWEST]
 

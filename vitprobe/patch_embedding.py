@@ -117,7 +117,7 @@ class PatchEmbeddingResult(Result):
                 else:
                     one.set_axis_off()
             text = drawing.provenance_line(self.meta)
-            text += " Principal components row by row, each tile scaled to [0, 1] by itself."
+            text += " Principal components row by row, each tile is scaled to [0, 1]."
             text += self._of_other_channels()
             drawing.caption(figure, text)
             return figure

@@ -78,7 +78,7 @@ class PositionEmbeddingResult(Result):
     text: ClassVar[Text] = Text(
         "Position embeddings",
         "The cosine similarity of every patch's position embedding with every other's, a small map "
-        "a patch, and relative-position biases; Dosovitskiy et al., Figure 7 centre.",
+        "per patch, and relative-position biases; Dosovitskiy et al., Figure 7 centre.",
         "A bright spot at the patch's own place says that neighbours are alike, a bright cross "
         "that rows and columns are.",
         "similarity, or bias minus its mean",

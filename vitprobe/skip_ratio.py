@@ -107,7 +107,7 @@ class SkipRatioResult(Result):
     analysis: ClassVar[str] = "skip_ratio"
     text: ClassVar[Text] = Text(
         "What skips carry and branches add",
-        "The norm of what the skip carries over the norm of what the branch adds, and the cosine "
+        "The norm of what the skip carries divided by that of what the branch adds, and the cosine "
         "between the two, at every residual addition; Raghu et al., Figures 7, E.1 and E.2.",
         "A ratio above 1 says that the representation passes a block mostly through the skip. "
         "Hatched, or without a line: the branch is exactly 0.",

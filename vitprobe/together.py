@@ -63,5 +63,5 @@ def measurement_class(name: str) -> type[Measurement]:
     """
     known = measurements()
     if name not in known:
-        raise VitprobeError(f"There is no measurement {name!r}.{nearest(name, list(known))}")
+        raise VitprobeError(f"No such measurement: {name!r}.{nearest(name, list(known))}")
     return import_module(f"vitprobe.{name}").MEASUREMENT

@@ -24,7 +24,7 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
         VitprobeError: it cannot be read, or which array holds the images cannot be told.
     """
     if not path.is_file():
-        raise VitprobeError(f"{path} is no regular file.")
+        raise VitprobeError(f"{path} is not a regular file.")
     try:
         if path.suffix.lower() == ".npy":
             return _npy(path), None, path.name

@@ -44,7 +44,7 @@ class ItemSource:
             self.tensors = isinstance(image_of(items[0]), Tensor)
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else describe(error)
-            raise VitprobeError(f"The first item of {what} is no image: {reason}") from error
+            raise VitprobeError(f"The first item of {what} is not an image: {reason}") from error
 
     def __len__(self) -> int:
         return len(self.items)

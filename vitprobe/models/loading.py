@@ -57,7 +57,7 @@ def _load(spec: str, image_size: int | None, seed: int) -> Model:
         return create(spec, called, spec, image_size, "hub")
     name, _, weights = spec.partition("@")
     if not name:
-        raise VitprobeError(f"The model {spec!r} has no name before its '@'.")
+        raise VitprobeError(f"--models: {spec!r} has no name before its '@'.")
     if name in bundled_models():
         return _bundled(spec, name, weights, image_size, seed)
     timm_name = ALIASES.get(name, name)
@@ -153,7 +153,7 @@ def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: i
     card = bundled_models()[name]
     size = tuple(card["input_size"])
     if image_size not in (None, size[1]):
-        raise VitprobeError(f"{name} takes {size[1]} px only, not {image_size}.")
+        raise VitprobeError(f"{name} accepts only {size[1]} px, not --image-size {image_size}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(card, trained=not weights)

@@ -195,7 +195,7 @@ class _Observer(AttentionObserver):
         if not off <= row_tolerance(dtype, block.shape[-1]):
             raise NotApplicable(
                 f"{layer.label} of {self.attention.model} changes its attention after the softmax: "
-                f"the rows are no probabilities (off by {off:.1e}).",
+                f"the rows are not probabilities (off by {off:.1e}).",
                 self.attention.model,
             )
 

@@ -108,7 +108,7 @@ class AttentionMap:
         why = "".join(f" ({at}: {reason})" for at, reason in list(self.left_out.items())[:1])
         if set(self.left_out.values()) & set(NO_PROBABILITIES.values()):
             raise NotApplicable(
-                f"{self.model} attends with weights that are no probabilities, which have no "
+                f"{self.model} attends with weights that are not probabilities, which have no "
                 f"{what}{why}.",
                 self.model,
             )
