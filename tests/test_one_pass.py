@@ -20,7 +20,7 @@ from vitprobe.running.loading import TransformedImages
 from vitprobe.running.options import Options
 from vitprobe.running.passes import measure_each, measure_one
 
-NAMES = ("token_norms", "attention_statistics", "frequency", "neighbours", "patch_pca")
+NAMES = ("token_norms", "attention_statistics", "frequency", "neighbours", "patch_pca", "occlusion")
 MODELS, SIZE, COUNT = ("vit", "cnn"), 32, 18
 
 

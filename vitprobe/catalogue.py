@@ -19,6 +19,7 @@ GROUPS = {
     "compare": "Compare layers",
     "attention": "Attention",
     "tokens": "Tokens",
+    "robustness": "Robustness",
     "weights": "Weights",
 }
 _RESULT = re.compile(r"^RESULT = ", re.MULTILINE)
