@@ -163,7 +163,7 @@ class _Added(Scores):
                     self._plus(one, other)
         super().after(function, args, kwargs, result)
         self._follow_names(args, kwargs, result)
-        if getattr(function, "__name__", "") == "baddbmm" and _constant(args[0]):
+        if getattr(function, "__name__", "") == "baddbmm" and args and _constant(args[0]):
             columns = columns_of(result)
             if columns is not None:
                 beta = kwargs.get("beta", 1)
@@ -192,9 +192,10 @@ class _Added(Scores):
 
     def _pytorchs(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Of ``multi_head_attention_forward``, whose tokens come first."""
-        mask, heads = kwargs.get("attn_mask"), args[4]
-        if mask is None or not _constant(mask):
+        mask = kwargs.get("attn_mask")
+        if mask is None or not _constant(mask) or len(args) < 5:
             return
+        heads = args[4]
         if all(isinstance(place_of(one), Tensor) for one in args[:2]):
             rows, columns = (middle(_placed(one), -1).T for one in args[:2])
             lead = len(rows), heads

@@ -52,7 +52,7 @@ class Scores(Following):
         source = next((a for a in args if columns_of(a) is not None or is_map(a)), None)
         name = getattr(function, "__name__", "").strip("_")
         if function in PRODUCTS or name in ("einsum", "baddbmm"):
-            if not is_map(source) and isinstance(result, Tensor):
+            if len(args) > 1 and not is_map(source) and isinstance(result, Tensor):
                 self.products += 1
                 _put(result, _columns(name, args, result), self.products)
         elif source is None:

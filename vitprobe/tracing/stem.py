@@ -95,7 +95,7 @@ class _Stems(Following):
             met = _last(asked["input"], asked["weight"])
         elif function in PRODUCTS and len(args) == 2 and args[1].ndim == 2:
             met = _last(args[0], args[1].T)
-        elif name == "einsum":
+        elif name == "einsum" and len(args) > 1:
             met = _summed(args)
         if met is None:
             super().after(function, args, kwargs, result)
