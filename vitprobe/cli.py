@@ -135,6 +135,8 @@ def parser(name: str, doc: str | None, *, images: bool = True, layers: bool = Tr
         add("--save-every", type=float, default=30.0, metavar="S",
             help="seconds between saves of an unfinished run (default: %(default)s)")  # fmt: skip
         add("--fresh", action="store_true", help="start over instead of resuming")
+        add("--on-error", choices=("stop", "skip"), default="stop",
+            help="skip: leave out batches with values that are not finite")  # fmt: skip
     add_output(result)
     return result
 
@@ -170,7 +172,7 @@ def add_output(result: argparse.ArgumentParser, out: str | None = DEFAULT_OUT) -
 def options(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """The shared options as keyword arguments of ``measure``."""
     shared = ("names", "num_images", "batch_size", "image_size", "device", "precision", "seed",
-              "workers", "quiet", "save_every", "fresh")  # fmt: skip
+              "workers", "quiet", "save_every", "fresh", "on_error")  # fmt: skip
     chosen = {key: getattr(args, key) for key in shared if hasattr(args, key)}
     args.kept = UntilWritten(args.out / f".{stem(args, name)}")
     return {**chosen, "checkpoint": args.kept}

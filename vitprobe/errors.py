@@ -29,6 +29,10 @@ class NotApplicable(VitprobeError):
         self.model = model
 
 
+class BatchFailure(VitprobeError):
+    """What is wrong with one batch, be others right: values not finite, a check that failed."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence with the known names nearest to ``name``, or an empty string."""
     found = get_close_matches(name, list(known), n=count, cutoff=0.5)

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitprobe import cli
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import BatchFailure, VitprobeError
 from vitprobe.images.sources import open_images
 from vitprobe.models.loading import Model
 from vitprobe.papers import receptive_fields
@@ -364,7 +364,7 @@ class _Watch(Watch):
             except RuntimeError as error:
                 raise failed(model.name, error) from error
             if not torch.isfinite(total).all():
-                raise VitprobeError(
+                raise BatchFailure(
                     f"The gradient of layer {site.label} of {model.name} is not finite; it is the "
                     f"first such layer."
                 )

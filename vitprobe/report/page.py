@@ -134,6 +134,8 @@ def _run(section: Section, shown: dict[str, Any]) -> dict[str, Any]:
         settings += [f"batches of {meta['batch_size']}", meta["precision"], meta["device"]]
         if images["broken"]:
             settings.append(f"{len(images['broken'])} unreadable images left out")
+        if images.get("skipped"):
+            settings.append(f"{len(images['skipped'])} images left out for values not finite")
     return {
         "anchor": shown["anchor"],
         "short": shown["short"],

@@ -124,7 +124,11 @@ def provenance_line(meta: dict[str, Any]) -> str:
     """``n = 512 images of NAME; A: weights; B: weights``."""
     models = "; ".join(f"{m['name']}: {m['weights']}" for m in meta["models"])
     images = meta.get("images")
-    return f"n = {meta['n']:,} images of {images['source']}. {models}." if images else f"{models}."
+    if not images:
+        return f"{models}."
+    skipped = len(images.get("skipped", ()))
+    without = f" ({skipped:,} left out for values not finite)" if skipped else ""
+    return f"n = {meta['n']:,} images of {images['source']}{without}. {models}."
 
 
 def render(figure: Figure, file_format: str) -> bytes:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import BatchFailure, VitprobeError
 from vitprobe.images.sources import BROKEN_FRACTION_ALLOWED
 from vitprobe.running import memory, processes
 from vitprobe.running.checkpoint import Checkpoint, Saves, UntilWritten
 from vitprobe.running.interrupts import HeldBack, Interrupted
 from vitprobe.running.loading import Failure
 from vitprobe.running.session import Batch, Session, Sums
+from vitprobe.statistics.hsic import MIN_BATCH
 
 
 def run(
@@ -49,7 +50,8 @@ def run(
         Interrupted: on Ctrl-C, after the state has been saved.
     """
     state = dict(sums)
-    state["_broken"] = torch.zeros(len(ready.images), dtype=torch.float64)
+    for name in ("_broken", "_skipped"):
+        state[name] = torch.zeros(len(ready.images), dtype=torch.float64)
     facts = {**ready.fingerprint(), **decides}
     rank, world = processes.join(ready.device)
     place = ready.options.checkpoint
@@ -79,7 +81,8 @@ def run(
                 kept = np.array([rank > 0 or checkpoint.save_whole(state)])
                 if processes.from_main_process(kept, ready.device)[0] and rank > 0:
                     checkpoint.leave_to_main(state)
-    ready.broken[:] = [ready.images.name(int(p)) for p in state["_broken"].nonzero()[:, 0]]
+    for names, which in ((ready.broken, "_broken"), (ready.skipped, "_skipped")):
+        names[:] = [ready.images.name(int(p)) for p in state[which].nonzero()[:, 0]]
     if until_written is not None:
         until_written.runs.append(checkpoint)
     elif rank == 0:
@@ -107,7 +110,7 @@ def _over(
                             _tell_broken(ready, position, failure.reason)
                         _check_broken(ready, state)
                         if len(batch):
-                            step(batch)
+                            _attempt(ready, step, batch, state)
                         mine[batch.index] = True
                     count = int(mine[todo].sum())
                     progress.set_postfix_str(f"batch {count} of {len(todo)}", refresh=False)
@@ -127,6 +130,43 @@ def _over(
             if told is None:
                 raise
             raise told from error
+
+
+def _attempt(ready: Session, step: Callable[[Batch], None], batch: Batch, state: Sums) -> None:
+    """The step on a batch, which is left out if something is wrong with it and that is asked for.
+
+    Raises:
+        BatchFailure: otherwise, naming the image.
+    """
+    skips = ready.options.on_error == "skip"
+    before = {name: total.clone() for name, total in state.items()} if skips else {}
+    try:
+        step(batch)
+    except BatchFailure as error:
+        text = f"batch {batch.index + 1} of {len(ready.batches)}"
+        where = _culprit(ready, step, batch)
+        if not skips:
+            raise BatchFailure(
+                f"{error} It is {where} in {text}; --on-error skip leaves such batches out."
+            ) from error
+        for name, total in before.items():
+            state[name].copy_(total)
+        state["_skipped"][torch.from_numpy(batch.positions)] += 1
+        print(f"Skipped {text} ({len(batch)} images), for {where}: {error}", file=sys.stderr)
+
+
+def _culprit(ready: Session, step: Callable[[Batch], None], batch: Batch) -> str:
+    """The image that a step fails on by itself; what it adds to the sums meanwhile is void."""
+    for i, position in enumerate(batch.positions):
+        # As many of it as any estimator needs.
+        copies = min(len(batch), MIN_BATCH)
+        alone = [one[i : i + 1].repeat(copies, 1, 1, 1) for one in batch.inputs]
+        try:
+            step(Batch(batch.index, alone, np.repeat(position, copies)))
+        except BatchFailure:
+            return ready.images.name(int(position))
+    first, last = (ready.images.name(int(batch.positions[i])) for i in (0, -1))
+    return f"one of {first} to {last}"
 
 
 @contextmanager

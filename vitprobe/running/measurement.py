@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import BatchFailure, VitprobeError
 from vitprobe.models.loading import Model
 from vitprobe.results.result import Result
 from vitprobe.running.options import Options
@@ -128,8 +128,8 @@ def check_batch_size(options: Options, at_least: int) -> None:
 
 
 def check_finite(finite: bool | Tensor, label: str, model: Model, of: str = "layer") -> None:
-    """Raise VitprobeError, which names the layer, where a value (``of`` it) is not finite."""
+    """Raise BatchFailure, which names the layer, where a value (``of`` it) is not finite."""
     if not finite:
-        raise VitprobeError(
+        raise BatchFailure(
             f"The {of} {label} of {model.name} is not finite; it is the first such layer."
         )

@@ -29,6 +29,8 @@ class Options:
             It goes when the run is done, or with ``UntilWritten`` when the result is on disk.
         save_every: seconds between two saves of it; more where saving is slow.
         fresh: start over, whatever the checkpoint holds.
+        on_error: what becomes of a batch with values that are not finite or a check that failed:
+            ``stop`` (an error; a resume tries it again) or ``skip`` (left out and counted).
     """
 
     names: str | Sequence[str] | None = None
@@ -43,6 +45,7 @@ class Options:
     checkpoint: Path | UntilWritten | None = None
     save_every: float = 30.0
     fresh: bool = False
+    on_error: str = "stop"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -55,6 +58,8 @@ class Options:
             raise VitprobeError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}.")
         if not self.save_every >= 0:
             raise VitprobeError(f"--save-every must be at least 0, not {self.save_every}.")
+        if self.on_error not in ("stop", "skip"):
+            raise VitprobeError(f"--on-error must be stop or skip, not {self.on_error!r}.")
         if self.precision not in ("fp32", "bf16"):
             raise VitprobeError(f"--precision must be fp32 or bf16, not {self.precision!r}.")
 

@@ -73,6 +73,7 @@ class Session:
         self.device = resolve_device(options.device)
         self.batches = _batches(len(images), options.batch_size, at_least)
         self.broken: list[str] = []
+        self.skipped: list[str] = []
         # For each model, whether it gets its inputs so.
         self.channels_last = [False] * len(models)
         self._dataset = TransformedImages(models, images)
@@ -93,7 +94,7 @@ class Session:
     def on(self, images: Images) -> Session:
         """The session on other images, of which nothing is kept on disk."""
         part = copy.copy(self)
-        part.images, part.broken = images, []
+        part.images, part.broken, part.skipped = images, [], []
         part.options = replace(self.options, num_images=None, checkpoint=None)
         part.batches = _batches(len(images), self.options.batch_size)
         part._dataset = TransformedImages(self.models, images)
@@ -188,14 +189,16 @@ class Session:
 
     def meta(self, analysis: str) -> dict[str, Any]:
         """The provenance that goes into a result file."""
+        skipped = {"skipped": self.skipped} if self.skipped else {}
         return {
             **models_meta(analysis, self.models, self.options.seed),
             "images": {
                 "source": self.images.source,
                 "sha256": self.images.digest,
                 "broken": self.broken,
+                **skipped,
             },
-            "n": len(self.images) - len(self.broken),
+            "n": len(self.images) - len(self.broken) - len(self.skipped),
             "batch_size": self.options.batch_size,
             "precision": self.options.precision,
             "device": self.device.type,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.errors import BatchFailure, NotApplicable, VitprobeError
 from vitprobe.tracing.attention_map import AttentionLayer, AttentionMap, map_attention
 from vitprobe.tracing.attention_operations import AttentionObserver, Operation, joined
 from vitprobe.tracing.observing import observers_of, observing
@@ -180,11 +180,11 @@ class _Observer(AttentionObserver):
             return
         off, allowed = found
         if off != off:
-            raise VitprobeError(
+            raise BatchFailure(
                 f"The attention of {layer.label} of {self.attention.model} is not finite; it is "
                 f"the first such layer."
             )
-        raise VitprobeError(
+        raise BatchFailure(
             f"The attention recomputed for {layer.label} of {self.attention.model} does not "
             f"give what the layer put out: off by {off:.1e}, where rounding explains {allowed:.1e}."
         )
