@@ -12,10 +12,10 @@ channels (``channels=N`` draws N for each image, ``channels="all"`` takes every 
 another quantity, |mean over channels of ∂|, in which channels cancel. ``pre_residual`` gives what
 every residual branch adds, alone, beside the sum it goes into. Areas are the smallest fraction of
 the image's pixels, wherever they lie, that holds a share of the mass. Sampled areas are too small
-by what the noise of a mean over few images and channels does to a sorted field: the jackknife's
-estimate of that is taken off (``meta["bias"]``). Standard errors are jackknifed over images with
-their channels. A field that reaches the border of the image is cut off by it: its area is then a
-share of the image, not a width.
+by what the noise of a mean over few images and channels does to a sorted field: the delete-half
+jackknife's estimate of that is taken off (``meta["bias"]``). Standard errors are jackknifed over
+images with their channels. A field that reaches the border of the image is cut off by it: its area
+is then a share of the image, not a width.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,8 +34,8 @@ from vitprobe import cli
 from vitprobe.errors import BatchFailure, VitprobeError
 from vitprobe.images.sources import open_images
 from vitprobe.models.loading import Model
-from vitprobe.papers import receptive_fields
-from vitprobe.results import drawing
+from vitprobe.papers.raghu2021 import fields
+from vitprobe.results import drawing, field_figure
 from vitprobe.results.result import Finding, Result, Text, plain
 from vitprobe.running import processes
 from vitprobe.running.centre_plans import failed, no_gradient, plan_of
@@ -50,10 +48,9 @@ from vitprobe.statistics.fields import area as area
 from vitprobe.statistics.fields import centre_cell as centre_cell
 from vitprobe.tracing.centre_gradients import Site, centres, frozen, rows_of_jacobian
 
-CHANNELS, NUM_IMAGES, BATCH_SIZE = 1, 64, 8
+CHANNELS, NUM_IMAGES, BATCH_SIZE = 1, 48, 8
 # Into so many groups images are dealt out for standard errors; each holds every field once.
 GROUPS = 16
-MAX_PANELS = 8
 
 
 @dataclass(frozen=True)
@@ -138,122 +135,18 @@ class ReceptiveFieldResult(Result):
         return self.gradient[layer, :rows, :columns]
 
     def plot(self, ax: Any = None) -> Any:
-        """Fields of up to eight layers per model, linear and logarithmic, and areas against depth.
+        """Fields of up to eight layers a model, linear and logarithmic, and areas against depth.
 
         On ``ax``, the areas.
         """
         with drawing.style():
             if ax is not None:
-                self._areas(ax)
+                field_figure.areas(self, ax)
                 return ax
-            count = len(self.models)
-            panels = min(MAX_PANELS, int(np.bincount(self.model_of_layer).max()))
-            figure = drawing.new_figure(max(7.0, 1.25 * panels), 2.9 * count + 3.4)
-            grid = figure.add_gridspec(count + 1, 1)
-            for model in range(count):
-                rows = grid[model].subgridspec(2, panels).subplots(squeeze=False)
-                for axes, log in zip(rows, (False, True)):
-                    self._fields(figure, axes, model, log)
-            self._areas(figure.add_subplot(grid[count]))
-            drawing.caption(figure, self._caption())
-            return figure
-
-    def _fields(self, figure: Any, axes: Any, model: int, log: bool) -> None:
-        mine = self.rows_of(model)
-        count = min(len(axes), len(mine))
-        # Branches are shown beside the sums that follow them.
-        together = 2 if self.meta["pre_residual"] else 1
-        groups = mine.reshape(-1, together)
-        at = np.linspace(0, len(groups) - 1, count // together).round().astype(int)
-        chosen = groups[at].ravel()
-        for one, layer in zip(axes, chosen):
-            field = self.field(layer)
-            shown = field / field.max() if field.max() > 0 else field
-            if log:
-                with np.errstate(divide="ignore"):
-                    shown = np.log10(shown).clip(-4, 0)
-            image = drawing.heat_map(
-                one, shown, vmin=-4 if log else 0, vmax=0 if log else 1, cmap="viridis"
-            )
-            # Images begin at their upper left.
-            one.set(xticks=[], yticks=[], aspect="equal", ylim=(len(field) - 0.5, -0.5))
-            if not log:
-                one.set_title(drawing.short(str(self.layers[layer]), 20), fontsize=7)
-            top, left, bottom, right = self.box[layer]
-            if np.isfinite(top) and (bottom - top + 1, right - left + 1) != field.shape:
-                size = right - left + 1, bottom - top + 1
-                one.add_patch(
-                    Rectangle((left - 0.5, top - 0.5), *size, fill=False, color="white", lw=0.8)
-                )
-        for one in axes[count:]:
-            one.axis("off")
-        axes[0].set_ylabel(f"{drawing.short(self.models[model], 22)}\n{'log' if log else 'linear'}")
-        axes[0].yaxis.label.set_size(7)
-        bar = figure.colorbar(image, ax=axes, aspect=12, pad=0.01)
-        if log:
-            bar.set_ticks([-4, -2, 0], labels=["1e-4", "0.01", "1"])
-
-    def _areas(self, ax: Any) -> None:
-        """Both areas against depth; untrained models dotted, in the colour of their name.
-
-        Branches have lines of their own, dashed.
-        """
-        names = [name.removesuffix(" (random)") for name in self.models]
-        reaching = self.reaching()
-        for model, name in enumerate(self.models):
-            rows = self.rows_of(model)
-            depth = (np.arange(len(rows)) + 1) / len(rows)
-            lines = {"": (rows, depth, ":" if self._untrained(model) else "-")}
-            if self.meta["pre_residual"]:
-                lines = {
-                    " branches": (rows[::2], depth[::2], "--"),
-                    " sums": (rows[1::2], depth[1::2], "-"),
-                }
-            colour = drawing.COLOURS[names.index(names[model]) % len(drawing.COLOURS)]
-            for (what, (rows, depth, dashes)), share in product(lines.items(), SHARES):
-                mean, error = (
-                    getattr(self, f"area{share * 100:.0f}{end}")[rows] for end in ("", "_se")
-                )
-                ax.plot(
-                    depth, mean, color=colour, marker="o" if share == SHARES[0] else "^",
-                    markersize=3.5, markerfacecolor="white", linewidth=1.2, linestyle=dashes,
-                    label=f"{name}{what}, {share:.0%}",
-                )  # fmt: skip
-                inside = np.where(reaching[rows], np.nan, mean)
-                ax.plot(
-                    depth, inside, color=colour, marker="o" if share == SHARES[0] else "^",
-                    markersize=3.5, linestyle="none",
-                )  # fmt: skip
-                ax.fill_between(depth, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
-        ax.set(xlabel="depth (fraction of the layers)", ylim=(0, None))
-        ax.set_ylabel("area with 50 % and 90 %\nof the gradient (fraction of image)")
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
-    def _untrained(self, model: int) -> bool:
-        return self.meta["models"][model]["weights"].startswith("random")
+            return field_figure.whole(self)
 
     def _caption(self) -> str:
-        meta = self.meta
-        text = drawing.provenance_line(meta)
-        if meta["signed"]:
-            text += " Signed: |mean over channels of ∂centre/∂input|, channels cancel."
-        else:
-            count = meta["channels"]
-            text += " Mean |∂centre/∂input| over images, RGB and "
-            text += "all channels." if count == "all" else "channels drawn at random, "
-            if count != "all":
-                # Files of older versions have the same channels in every image.
-                own = "bias" in meta
-                text += f"{count} a layer{' and image' if own else ''}."
-        text += " Each panel divided by its maximum; box: theoretical field."
-        if self.reaching().any():
-            text += (
-                " Hollow marks: the field reaches the border of the image, so the area is a share "
-                "of the image, not how far a unit could see."
-            )
-        for name, layers in meta.get("without_gradient", {}).items():
-            text += f" No gradient in {name}: {len(layers)} layers, the first {layers[0]}."
-        return text + " Bands: one standard error, over images and channels."
+        return field_figure.caption(self)
 
     def reaching(self) -> np.ndarray:
         """(layers,) whether the area with 90 % of the gradient is cut off by the border."""
@@ -262,15 +155,7 @@ class ReceptiveFieldResult(Result):
 
     def findings(self) -> list[Finding]:
         """Raghu et al.'s claims of Figure 6 and C for every ViT, CNN and pair of them."""
-        reaching, cut = self.reaching(), []
-        for model in range(len(self.models)):
-            mine = reaching[self.rows_of(model)]
-            third = max(1, len(mine) // 3)
-            cut.append((mine[:third].any(), mine[-third:].any()))
-        return receptive_fields.findings(
-            self.models, self.meta["attends"], self.trends, self.trends_se, np.array(cut),
-            self.meta.get("replicates"),
-        )  # fmt: skip
+        return fields.fields(self)
 
 
 GROUP = "tokens"
@@ -453,7 +338,7 @@ def measure(
         signed: |mean over channels of ∂|, another quantity: channels cancel.
         pre_residual: instead of the layers, the residual additions of their modules: what the
             branch adds, and the sum.
-        num_images: how many images; 64 by default, or as many as there are.
+        num_images: how many images; 48 by default, or as many as there are.
         batch_size: images per batch. The graph of one batch is in memory, or of as much of it as
             fits into half of what is free.
         options: further fields of ``running.Options``.

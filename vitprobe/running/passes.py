@@ -207,9 +207,7 @@ def _opened(
     measurements: Sequence[Measurement], models: list[Model], images: Any, options: Options
 ) -> Iterator[Session]:
     at_least = max(one.at_least for one in measurements)
-    gradients = measurements[0].gradients
-    # Backward passes take as long channels last.
-    with session(models, images, options, at_least=at_least, lay_out=not gradients) as ready:
+    with session(models, images, options, at_least=at_least) as ready:
         check_batch_size(ready.options, at_least)
         yield ready
 

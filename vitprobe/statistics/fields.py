@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprobe.statistics.hsic import jackknife_bias
+from vitprobe.statistics.hsic import half_sample_bias, jackknife
 
 SHARES = (0.5, 0.9)
 # A side of the image in as many cells when it is asked whether a field reaches its border.
@@ -111,7 +111,7 @@ def summarise(
         side: H, W.
         grids: rows and columns of each layer.
         attention: layers that are attention's branches; each is followed by its sum.
-        correct: take the jackknife's bias off all that is not linear in the fields.
+        correct: take the bias of few images off all that is not linear in the fields.
     """
     count, third = len(grids), max(1, len(grids) // 3)
     middle = max(0, (count + 1) // 2 - 1)
@@ -128,13 +128,11 @@ def summarise(
         return torch.cat([field.flatten(), *areas, centre, torch.stack(trends)])
 
     used = (groups[..., -1] > 0).any(1)
-    value, bias, error = jackknife_bias(statistic, groups, used)
+    value, error = jackknife(statistic, groups, used)
     pixels = count * side[0] * side[1]
-    # The mean field is linear; a group's part in it is not, where groups are not of one size.
-    bias[:pixels] = 0
-    if not correct or int(used.sum()) < 2:
-        bias[:] = 0
-    value -= bias
+    bias = half_sample_bias(statistic, groups, used) if correct else np.zeros_like(value)
+    bias[:pixels] = 0  # the mean field is linear
+    value = value - bias
     ends = [pixels, pixels + 3 * count]
     parts = [np.split(one, ends) for one in (value, error)]
     fields = [part[0].reshape(count, *side).astype(np.float32) for part in parts]
