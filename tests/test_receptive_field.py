@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +19,7 @@ from vitprobe.images.sources import open_images
 from vitprobe.models.loading import wrap
 from vitprobe.results.result import load_result
 from vitprobe.running import memory
-from vitprobe.statistics.fields import channels_of_images
+from vitprobe.statistics.fields import channels_of_images, reaches_border
 from vitprobe.tracing.centre_gradients import rows_of_jacobian
 from vitprobe.tracing.layers import map_layers
 from vitprobe.tracing.theoretical_field import theoretical_fields
@@ -368,6 +370,85 @@ def test_pieces_of_a_batch_as_memory_allows_give_the_same(monkeypatch):
     again = receptive_field.measure(net, x)
     assert pieces[-5:] == [1] * 5
     np.testing.assert_allclose(whole.gradient, again.gradient, rtol=1e-4, atol=1e-9)
+
+
+def test_whether_a_field_reaches_the_border():
+    field = torch.zeros(28, 28)
+    field[12:18, 12:18] = 1
+    assert not reaches_border(field, 0.9)
+    field[12:18, :] = 1
+    assert reaches_border(field, 0.9)
+    field[12:18, :3] = field[12:18, -3:] = 0.2  # it fades out before
+    assert not reaches_border(field, 0.9)
+    assert not reaches_border(torch.zeros(28, 28), 0.9)
+
+
+def wide_and_narrow(vit_width, cnn_width):
+    """A result of two models with one layer each: squares of so many of 28 pixels."""
+    gradient = np.zeros((2, 28, 28), dtype=np.float32)
+    for field, width in zip(gradient, (vit_width, cnn_width)):
+        start = 14 - width // 2
+        field[start : start + width, start : start + width] = 1
+    areas = 0.9 * np.array([vit_width, cnn_width]) ** 2 / 28**2
+    small, none = np.full(2, 1e-3), np.full((2, 4), np.nan)
+    trends = np.stack([areas, areas, areas, areas, [np.nan] * 2], axis=1)
+    meta = {
+        "models": [{"name": "v", "weights": "file"}, {"name": "c", "weights": "file"}],
+        "attends": [True, False], "sides": [[28, 28]] * 2, "replicates": 16,
+        "channels": 1, "signed": False, "pre_residual": False,
+    }  # fmt: skip
+    return receptive_field.ReceptiveFieldResult(
+        meta, gradient, gradient, areas, small, areas, small, areas, small, none,
+        trends, np.full((2, 5), 1e-3), np.array(["a", "b"]), np.array([0, 1]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "widths, verdict, remark",
+    [
+        ((16, 8), "holds", None),
+        ((8, 16), "does not hold", None),
+        ((28, 16), "holds", "the wider field reaches the border of the image and is at least so"),
+        ((28, 28), "inconclusive", "both fields reach the border of the image, so their widths"),
+        ((16, 28), "inconclusive", "the narrower field reaches the border of the image, so their"),
+    ],
+)
+def test_widths_are_not_compared_where_the_border_cuts_them_off(widths, verdict, remark):
+    result = wide_and_narrow(*widths)
+    (found,) = [f for f in result.findings() if "look farther" in f.claim]
+    assert found.verdict == verdict
+    assert remark in found.numbers if remark else "border" not in found.numbers
+    (grows,) = [f for f in result.findings() if "grows" in f.claim]
+    assert grows.verdict == ("inconclusive" if widths[1] == 28 else "does not hold")
+    figure = Figure()
+    axes = result.plot(figure.add_subplot())
+    marks = [c for c in axes.collections if isinstance(c, PathCollection)]
+    hollow = sum(len(c.get_offsets()) for c in marks)
+    assert hollow == 2 * sum(width == 28 for width in widths)
+    assert ("Hollow marks" in result._caption()) == (28 in widths)
+
+
+def test_areas_of_few_images_are_corrected_and_their_errors_are_the_spread():
+    torch.manual_seed(0)
+    net, images = vit(), torch.randn(160, 3, 64, 64).cumsum(2).cumsum(3) / 64
+    for block in net.blocks:
+        block.attn.qkv.weight.data *= 6  # attention that differs between images
+    options = {"layers": ["blocks.1", "blocks.5"], "workers": 0}
+    few = [
+        receptive_field.measure(net, images, num_images=16, batch_size=16, seed=seed, **options)
+        for seed in range(20)
+    ]
+    many = receptive_field.measure(net, images, num_images=160, batch_size=40, **options)
+    for name in ("area50", "area90"):
+        values, errors = (np.stack([getattr(r, name + e) for r in few]) for e in ("", "_se"))
+        bias = np.array([r.meta["bias"][name] for r in few]).mean(0)
+        spread, truth = values.std(0, ddof=1), getattr(many, name)
+        off = np.hypot(spread / np.sqrt(len(few)), getattr(many, f"{name}_se"))
+        ratio = np.sqrt((errors**2).mean(0)) / spread
+        np.testing.assert_allclose(ratio, 1, atol=0.25)
+        corrected, plain = (abs(mean - truth) for mean in (values.mean(0), values.mean(0) + bias))
+        assert (bias < 0).all() and (corrected < 3 * off).all()
+        assert (corrected < plain).all() or name == "area50"
 
 
 def test_errors():

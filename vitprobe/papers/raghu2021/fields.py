@@ -67,6 +67,7 @@ def fields(result: Any) -> list[Finding]:
     for a, b in product(vits, cnns):
         (vit, vit_se), (cnn, cnn_se) = trend[a][0], trend[b][0]
         cut = reaching[rows[a][: thirds[a]]].any(), reaching[rows[b][: thirds[b]]].any()
+        layers = [f"{thirds[m]} of {len(rows[m])}" for m in (a, b)]
         verdict, remark = _wider(decided(vit - cnn, float(np.hypot(vit_se, cnn_se))), *cut)
         found.append(
             Finding(
@@ -76,7 +77,7 @@ def fields(result: Any) -> list[Finding]:
                 f"{AREA}, lowest third: {plus_minus(vit, vit_se)} and "
                 f"{plus_minus(cnn, cnn_se)}{remark}",
                 "low ViT layers look farther",
-                f"the lowest {thirds[a]} of {len(rows[a])} and {thirds[b]} of {len(rows[b])} layers",
+                f"the lowest {layers[0]} and {layers[1]} layers",
             )
         )
     return found
