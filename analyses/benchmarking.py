@@ -22,6 +22,7 @@ from unittest.mock import patch
 import timm
 import torch
 
+from vitprobe.running import passes, probes
 from vitprobe.running.session import Batch, Session
 
 README = Path(__file__).parent / "README.md"
@@ -73,11 +74,11 @@ def instead_of_the_loop(
     """
 
     def run(session: Session, step: Any, sums: Any, *, decides: Any, **options: Any) -> None:
-        batch = next(session._load([0]))[0]
+        batch = next(session.load([0]))[0]
         with torch.inference_mode(not options.get("gradients", False)):
             act(batch, step, decides)
 
-    with patch.object(Session, "run", run):
+    with patch.object(passes, "run", run), patch.object(probes, "run", run):
         yield
 
 

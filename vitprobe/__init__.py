@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vitprobe._version import __version__
 
 if TYPE_CHECKING:
+    from vitprobe.activations import attention_maps, capture
     from vitprobe.errors import VitprobeError
     from vitprobe.images.sources import open_images
     from vitprobe.models.loading import Model, load_model, wrap
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from vitprobe.together import measure_all
 
 _HOME = {
+    "attention_maps": "vitprobe.activations",
+    "capture": "vitprobe.activations",
     "load_model": "vitprobe.models.loading",
     "wrap": "vitprobe.models.loading",
     "Model": "vitprobe.models.loading",
@@ -32,6 +35,8 @@ __all__ = [
     "Result",
     "VitprobeError",
     "__version__",
+    "attention_maps",
+    "capture",
     "load_model",
     "load_result",
     "measure_all",

@@ -44,6 +44,10 @@ class Model:
         for name in ("name", "origin"):
             object.__setattr__(self, name, shown(getattr(self, name)))
 
+    def __call__(self, images: Tensor) -> Any:
+        """A forward pass of the network on (n, C, H, W) as it takes them."""
+        return self.module(images)
+
     @property
     def untrained(self) -> bool:
         return self.origin.startswith("random")
