@@ -34,10 +34,17 @@ def tensors():
 
 @pytest.fixture(autouse=True)
 def foreground():
-    """Ctrl-C as a terminal's foreground job has it; shells make background jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals as a terminal's foreground job has them, also after a test that changed them.
+
+    Shells make background jobs ignore Ctrl-C; scripts that run here may set handlers of their own.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+               if hasattr(signal, name)]  # fmt: skip
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

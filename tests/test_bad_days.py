@@ -400,3 +400,30 @@ def test_weights_that_are_not_finite_name_the_first_layer(tensors):
         cka.measure(wrap(net, "net"), tensors, layers="all")
     with pytest.raises(Interrupted), session(net, tensors, Options()) as ready:
         run(ready, lambda batch: signal.raise_signal(signal.SIGINT), ready.sums(a=()), decides={})
+
+
+@pytest.mark.parametrize("words", ["could not create a primitive", "CUDA out of memory. Tried"])
+def test_memory_that_runs_out_while_models_are_set_up_is_the_same_line(words, tensors, monkeypatch):
+    def short(*_, **__):
+        raise RuntimeError(words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "to", short)
+        with pytest.raises(VitprobeError, match=r"Out of memory on cpu .* and Sequential"):
+            cka.measure(small(), tensors, device="cpu")
+    from vitprobe.running import session as sessions
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions, "load_models", short)
+        with (
+            pytest.raises(VitprobeError, match="Out of memory on cpu"),
+            session("test_vit@random", tensors, Options(device="cpu")),
+        ):
+            pass
+
+
+def test_an_output_folder_that_becomes_a_file_in_mid_run_is_told_as_that(tmp_path):
+    (tmp_path / "out").write_text("")
+    for path in (tmp_path / "out" / "x.npz", tmp_path / "out" / "deeper" / "x.npz"):
+        with pytest.raises(VitprobeError, match=r"out is a file, not a folder"):
+            write_atomically({path: b"result"})

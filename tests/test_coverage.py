@@ -27,6 +27,7 @@ def table():
     """The script; not by its name, which a package that measures tests has too."""
     if not SCRIPT.exists():
         pytest.skip("the script is not part of the installed package")
+    pytest.importorskip("resource", reason="the script limits its processes")
     spec = importlib.util.spec_from_file_location("coverage_of_timm", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.path.append(str(SCRIPT.parent))  # where it finds what scripts share

@@ -9,8 +9,10 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import torch
 
 from vitprobe import VitprobeError, cka
+from vitprobe.running.checkpoint import Checkpoint
 from vitprobe.running.loading import TransformedImages
 
 # 12 batches of 4 pictures.
@@ -131,3 +133,28 @@ def test_a_number_of_processes_without_a_place_to_meet_is_told(tensors, monkeypa
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(VitprobeError, match="WORLD_SIZE is 2, but MASTER_ADDR and MASTER_PORT are"):
         cka.measure("test_vit@random", tensors, image_size=32, device="cpu")
+
+
+def test_every_process_leaves_the_state_to_the_main_one_also_in_a_folder_of_its_own(tmp_path):
+    facts, ones = {"x": 1}, {"a": torch.ones(2, dtype=torch.float64)}
+
+    def of(folder, rank):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return Checkpoint(tmp_path / folder / "s", facts, 3, rank)
+
+    def files(folder):
+        return sorted(file.name.split(".")[-2] for file in (tmp_path / folder).iterdir())
+
+    some = np.array([True, False, False])
+    for folder, rank in (("one", 0), ("one", 1), ("two", 0), ("two", 2), ("two", 3)):
+        of(folder, rank).save(ones, some)
+    other = Checkpoint(tmp_path / "two" / "s", {"x": 2}, 3, 2)
+    other.save(ones, some)
+    # Rank 1 shares the main process's folder; rank 2 has one with what an earlier run left.
+    assert of("one", 0).save_whole(ones)
+    of("one", 1).leave_to_main(ones)
+    of("two", 2).leave_to_main(ones)
+    assert files("one") == ["0"]
+    assert [file.name for file in (tmp_path / "two").iterdir()] == [f"s.{other.key[:12]}.2.partial"]
+    total = {"a": torch.zeros(2, dtype=torch.float64)}
+    assert of("one", 0).load(total).all() and total["a"].tolist() == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -254,6 +255,9 @@ def conclude(args: argparse.Namespace, paths: Sequence[Path], findings: Sequence
 
 def guarded(body: Callable[[], None], debug: bool = False) -> int:
     """Call ``body``; what a user can put right becomes one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Where stdout is not UTF-8 (a pipe on Windows), ‖x‖ or a name must not end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         body()
     except VitprobeError as error:
