@@ -207,7 +207,7 @@ def test_a_tar_is_read_rightly_by_several_processes(tmp_path):
     for workers in (0, 4):
         model = wrap(small(), name="net", transform=to_tensor)
         result = cka.measure(
-            model, tmp_path / "p.tar", batch_size=4, layers="[02]", workers=workers
+            model, tmp_path / "p.tar", batch_size=4, layers=["0", "2"], workers=workers
         )
         if workers == 0:
             alone = result
@@ -270,7 +270,7 @@ def test_a_save_cut_off_leaves_nothing_after_the_run(tmp_path):
 
 def test_two_runs_of_one_command_at_once_count_nothing_twice(tensors, tmp_path):
     """The second begins in the middle of the first, whose state it takes, and ends before it."""
-    options = {"batch_size": 4, "layers": "[02]", "save_every": 0.0}
+    options = {"batch_size": 4, "layers": ["0", "2"], "save_every": 0.0}
     alone = cka.measure(wrap(small(), "net"), tensors, **options)
     found = []
 

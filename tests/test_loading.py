@@ -31,7 +31,7 @@ class Bag(dict):
 
 
 def measured(images, transform, **options):
-    options = {"layers": "[02]", "workers": 0, "batch_size": 4} | options
+    options = {"layers": ["0", "2"], "workers": 0, "batch_size": 4} | options
     return cka.measure(wrap(net(), "net", transform), images, **options)
 
 
@@ -174,7 +174,7 @@ def main():
     multiprocessing.set_start_method("spawn", force=True)
     net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 4, 1))
     for name in sys.argv[2:]:
-        result = cka.measure(wrap(net, "net", transforms[name]), sys.argv[1], layers="[01]",
+        result = cka.measure(wrap(net, "net", transforms[name]), sys.argv[1], layers=["0", "1"],
                              batch_size=4, workers=1)
         print(name, result.meta["n"], flush=True)
 """
