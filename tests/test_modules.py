@@ -392,3 +392,21 @@ def test_state_dicts_with_entries_that_are_no_tensors(tensors):
     one, other = wrap(Remembers()), wrap(Net())
     assert one.weights_sha256() == wrap(Remembers()).weights_sha256() != other.weights_sha256()
     assert np.isfinite(measured(one, tensors).cka).all()
+
+
+@pytest.mark.parametrize(
+    ("pool", "alike"),
+    [
+        (nn.LPPool2d(2, 2), nn.AvgPool2d(2)),
+        (nn.LPPool2d(1, 3, stride=1), nn.AvgPool2d(3, stride=1)),
+        (nn.AdaptiveMaxPool2d(8), nn.AdaptiveAvgPool2d(8)),
+    ],
+)
+def test_less_common_pools_have_the_places_and_fields_of_the_common_ones(pool, alike, tensors):
+    fields = []
+    for one in (pool, alike):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), one, nn.Conv2d(4, 4, 3, padding=1))
+        result = receptive_field.measure(wrap(net, "net"), tensors[:4], layers=["0", "1", "2"])
+        assert list(result.layers) == ["0", "1", "2"]
+        fields.append(result.box)
+    np.testing.assert_array_equal(*fields)

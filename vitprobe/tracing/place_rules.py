@@ -199,6 +199,8 @@ def _convolve(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor
 def _pool(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
     dilated = ("dilation",) if "max" in function.__name__ else ()
     names = ("input", "kernel_size", "stride", "padding", *dilated, "ceil_mode")
+    if "lp_pool" in function.__name__:
+        names = ("input", "norm_type", "kernel_size", "stride", "ceil_mode")
     asked = {**dict(zip(names, args)), **kwargs}
     kernel = _many(asked["kernel_size"], found[0].ndim - 2)
     asked["stride"] = asked.get("stride") or kernel
@@ -256,10 +258,15 @@ def _even(place: Tensor, there: Tensor, before: int, length: int) -> tuple[Tenso
 
 def _resample(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
     place = middle(places_of(args[0]), 1).unsqueeze(1)
+    if "adaptive_max" in function.__name__:
+        # A maximum stands somewhere in its window: in the middle, on average.
+        function = F.adaptive_avg_pool2d
+        kwargs = {key: value for key, value in kwargs.items() if key == "output_size"}
+        args = args[:2]
     real, imaginary = (function(part, *args[1:], **kwargs) for part in (place.real, place.imag))
     if found[0].shape[2:].numel() == 1 < place.shape[2:].numel():
-        return [nowhere(found[0])]
-    return [torch.complex(real, imaginary).expand(found[0].shape)]
+        return [nowhere(found[0])] * len(found)
+    return [torch.complex(real, imaginary).expand(found[0].shape)] * len(found)
 
 
 def assign(target: Tensor, index: Any, value: Any) -> None:
@@ -290,14 +297,16 @@ _LOSING = (
     "bilinear fft2 rfft2 irfft2"
 )
 LOSING = frozenset(_LOSING.split())
+_POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "lp") for n in (1, 2)]
+_RESAMPLES = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample")
 RULES: dict[str, Callable[..., Sequence[Tensor | str]]] = {
     **dict.fromkeys(MOVING.split(), _move),
     **dict.fromkeys(("matmul", "bmm", "rmatmul", "baddbmm", "addmm"), _product),
     **dict.fromkeys(("scaled_dot_product_attention", "multi_head_attention_forward"), _attention),
     **dict.fromkeys(("mean", "sum", "amax", "var", "std", "var_mean"), _mean),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolve),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"), _pool),
-    **dict.fromkeys(("adaptive_avg_pool2d", "interpolate", "upsample"), _resample),
+    **dict.fromkeys(_POOLS, _pool),
+    **dict.fromkeys(_RESAMPLES, _resample),
     "linear": _linear,
     "einsum": _einsum,
     "pad": _pad,
