@@ -204,7 +204,9 @@ def test_a_result_comes_back_and_draws_the_same(tensors, tmp_path):
     again.save(tmp_path / "y")
     assert (tmp_path / "y.png").read_bytes() == png.read_bytes()
     with np.load(npz, allow_pickle=False) as file:
-        assert set(file.files) == {"cka", "cka_se", "layers", "model_of_layer", "meta"}
+        assert set(file.files) == {
+            "cka", "cka_se", "layers", "model_of_layer", "null_q95", "null_max_q95", "meta",
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("order", [1, -1])

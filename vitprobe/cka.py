@@ -9,6 +9,10 @@ scale. A representation is everything of an image at a layer: all tokens, CLS in
 H·W·C values of a map. Layers that do not vary are undefined (NaN, hatched). ``--pairwise A B A2 B2
 ...`` draws networks of one depth against each other, layer by layer: the diagonals as lines.
 
+``--null P`` tells what unrelated networks would give (Gröger et al. 2026, arXiv 2602.14486): the
+images of one of two networks are permuted within each batch, P times, alike for all its layers.
+Cells that are not above 95 % of that are outlined.
+
 Choices made: even batches without replacement in a seeded random order, one pass; standard errors
 by the jackknife over batches (in at most 32 groups of batches); a last batch under 4 images, too
 small for the estimator, is left out where even ones would be under 4, too.
@@ -19,7 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,14 +31,17 @@ import torch
 from torch import Tensor
 
 from vitprobe import cli
+from vitprobe.errors import VitprobeError
+from vitprobe.papers import groeger2026
 from vitprobe.papers.raghu2021 import alike, same_depth
-from vitprobe.results import drawing
+from vitprobe.results import chance, drawing
 from vitprobe.results.result import Finding, Result, Text
 from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options
 from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, hsic, jackknife, normalise
+from vitprobe.statistics.permuted_hsic import affordable, normalise_by, permuted_hsic
 from vitprobe.tracing.capture import capture
 
 # Letters of a title that fit over a panel.
@@ -50,12 +57,18 @@ class CKAResult(Result):
         cka_se: (L, L) jackknife standard error; NaN with fewer than two batches.
         layers: (L,) names.
         model_of_layer: (L,) index into ``meta["models"]``.
+        null_q95: (L, L) 95 % quantile with the images of one of the two networks permuted; NaN
+            without permutations.
+        null_max_q95: (models, models) the same of the largest over all pairs of their layers.
     """
 
     cka: np.ndarray
     cka_se: np.ndarray
     layers: np.ndarray
     model_of_layer: np.ndarray
+    # Files of earlier versions have none.
+    null_q95: np.ndarray = field(default=None)  # type: ignore[arg-type]
+    null_max_q95: np.ndarray = field(default=None)  # type: ignore[arg-type]
 
     analysis: ClassVar[str] = "cka"
     text: ClassVar[Text] = Text(
@@ -73,7 +86,15 @@ class CKAResult(Result):
         "cka_se": ("layer", "layer_2"),
         "layers": ("layer",),
         "model_of_layer": ("layer",),
+        "null_q95": ("layer", "layer_2"),
+        "null_max_q95": ("model", "model_2"),
     }
+
+    def __post_init__(self) -> None:
+        if self.null_q95 is None:
+            each, largest = chance.quantiles(np.empty(0), self.model_of_layer)
+            object.__setattr__(self, "null_q95", each)
+            object.__setattr__(self, "null_max_q95", largest)
 
     def of(self, a: int | str, b: int | str | None = None) -> np.ndarray:
         """The block of ``cka`` of two models (rows of ``a``, columns of ``b``), or of one."""
@@ -103,8 +124,7 @@ class CKAResult(Result):
                 drawing.caption(figure, self._caption())
                 return figure
             if ax is not None:
-                image = self._panel(ax, None, None)
-                ax.figure.colorbar(image, ax=ax, label="CKA")
+                self._bar(ax.figure, self._panel(ax, None, None), ax)
                 return ax
             count = len(self.models)
             pairs = {1: [[(0, 0)]], 2: [[(0, 0), (1, 1), (0, 1)]]}.get(
@@ -117,9 +137,21 @@ class CKAResult(Result):
             for line, row in zip(axes, pairs):
                 for one, (a, b) in zip(line, row):
                     image = self._panel(one, a, b)
-            figure.colorbar(image, ax=axes, label="CKA", aspect=30, pad=0.01)
+            self._bar(figure, image, axes, aspect=30, pad=0.01)
             drawing.caption(figure, self._caption())
             return figure
+
+    def _bar(self, figure: Any, image: Any, axes: Any, **options: Any) -> None:
+        calibrated = ", calibrated" if self.meta.get("calibrated") else ""
+        bar = figure.colorbar(image, ax=axes, label=f"CKA{calibrated}", **options)
+        if not calibrated:
+            chance.mark(bar, self._to_beat())
+
+    def _to_beat(self) -> float:
+        """The largest chance level of a search over the pairs of two networks; NaN for none."""
+        two = len(self.models) > 1
+        levels = self.null_max_q95[np.triu_indices(len(self.null_max_q95), int(two))]
+        return float(np.nanmax(levels)) if np.isfinite(levels).any() else np.nan
 
     def _panel(self, ax: Any, a: int | None, b: int | None) -> Any:
         everything = np.arange(len(self.layers))
@@ -127,7 +159,11 @@ class CKAResult(Result):
         columns = everything if b is None else self.rows_of(b)
         # One scale for all panels: 0 to 1, lower only where an unbiased value is negative.
         low = min(0.0, float(np.nanmin(self.cka))) if np.isfinite(self.cka).any() else 0.0
-        image = drawing.heat_map(ax, self.cka[np.ix_(rows, columns)], vmin=low, vmax=1)
+        shown, block = self.cka, np.ix_(rows, columns)
+        if self.meta.get("calibrated"):
+            shown, low = chance.calibrated(shown, self.null_q95), 0.0
+        image = drawing.heat_map(ax, shown[block], vmin=low, vmax=1)
+        chance.outline(ax, self.cka[block] <= self.null_q95[block])
         names = self.models
         for axis, chosen, model in ((ax.yaxis, rows, a), (ax.xaxis, columns, b)):
             label = names[model] if model is not None else "all models"
@@ -147,18 +183,28 @@ class CKAResult(Result):
         text += f" Unbiased minibatch CKA, batches of {meta['batch_size']}, {meta['precision']}."
         if meta["left_out"]:
             text += f" {meta['left_out']} images in batches under {MIN_BATCH} left out."
+        if meta.get("null"):
+            text += f" Outlined: not above 95 % of {meta['null']} permutations of the images"
+            if meta["null"] < meta["null_asked"]:
+                text += f" (fewer than the {meta['null_asked']} asked for, which would cost much)"
+            text += (
+                f"; line on the colour bar: 95 % of the largest of a pair, {self._to_beat():.3f}."
+            )
+        if meta.get("calibrated"):
+            text += " Shown: (s − τ) / (1 − τ), τ that 95 % quantile of each pair; 0 below."
         if np.isnan(self.cka).any():
             text += " Hatched: undefined, the layer does not vary."
         return text
 
     def findings(self) -> list[Finding]:
-        """Raghu et al.'s claims of Figures 1, 2 and 12 that apply.
+        """Raghu et al.'s claims of Figures 1, 2 and 12 that apply, and what beats chance.
 
         Figures 1 and 2 for every pair of a ViT and a CNN, Figure 12 for those given in pairs.
         """
         if "same_depth" in self.meta:
             return same_depth.findings(self)
-        return alike.findings(self.meta["pairs"], self.meta.get("replicates"))
+        found = alike.findings(self.meta["pairs"], self.meta.get("replicates"))
+        return found + groeger2026.findings(self)
 
 
 GROUP = "compare"
@@ -171,9 +217,17 @@ class CKA(Measurement):
 
     layers: str | Sequence[str] = "blocks"
     pairs: tuple[tuple[int, int], ...] = ()
+    null: int = 0
+    calibrated: bool = False
 
     analysis: ClassVar[str] = "cka"
     at_least: ClassVar[int] = MIN_BATCH
+
+    def __post_init__(self) -> None:
+        if self.null < 0:
+            raise VitprobeError(f"--null must be at least 0, not {self.null}.")
+        if self.calibrated and not self.null:
+            raise VitprobeError("--calibrated needs a chance level: --null above 0.")
 
     def prepare(self, ready: Session) -> Watch:
         return _Watch(ready, self)
@@ -193,10 +247,11 @@ class _Watch(Watch):
         same_depth.check_lengths(self.pairs, [model.name for model in ready.models], self.owner)
         size, groups = len(self.labels), min(MAX_GROUPS, len(ready.batches))
         n = min(ready.options.batch_size, len(ready.images))
+        self.asked, self.null = asked, affordable(asked.null, size, n) if asked.null else 0
         super().__init__(
             ready,
-            ready.sums(hsic=(groups, size, size)),
-            {"layers": self.labels},
+            ready.sums(hsic=(groups, size, size), null=(self.null, size, size)),
+            {"layers": self.labels, "null": self.null},
             # Grams of a batch and what U-centring makes of them, in float64.
             scratch=5 * 8 * size * n**2,
         )
@@ -217,9 +272,12 @@ class _Watch(Watch):
         for i in (~torch.isfinite(grams).all((1, 2))).nonzero()[:1].flatten().tolist():
             check_finite(False, self.labels[i], self.ready.models[self.owner[i]])
         self.sums["hsic"][self.group(batch)] += hsic(grams)
+        if self.null:
+            key = [self.ready.options.seed, batch.index]
+            self.sums["null"] += permuted_hsic(grams, self.null, key)
 
     def result(self, meta: dict[str, Any]) -> CKAResult:
-        sums = {"hsic": self.sums["hsic"], "used": self.used}
+        sums = {**self.sums, "used": self.used}
         value, error = jackknife(normalise, sums["hsic"], sums["used"])
         meta["pairs"] = alike.statistics(
             [model.name for model in self.ready.models],
@@ -232,7 +290,11 @@ class _Watch(Watch):
             meta["same_depth"] = same_depth.summaries(
                 self.pairs, self.owner, sums["hsic"], sums["used"]
             )
-        return CKAResult(meta, value, error, np.array(self.labels), self.owner)
+        meta["null"], meta["null_asked"] = self.null, self.asked.null
+        meta["calibrated"] = self.asked.calibrated
+        draws = normalise_by(sums["null"], sums["hsic"].sum(0)).cpu().numpy()
+        null = chance.quantiles(draws, self.owner)
+        return CKAResult(meta, value, error, np.array(self.labels), self.owner, *null)
 
 
 MEASUREMENT = CKA
@@ -244,6 +306,8 @@ def measure(
     *,
     layers: str | Sequence[str] = "blocks",
     pairwise: bool = False,
+    null: int = 0,
+    calibrated: bool = False,
     **options: Any,
 ) -> CKAResult:
     """CKA between all layers of one model or several.
@@ -256,6 +320,9 @@ def measure(
             with wildcards.
         pairwise: the models come as A B A2 B2 ..., each pair of one depth; a model can be in
             several. The figure and findings are about the pairs.
+        null: permutations of the images of one of two networks, for the chance level (200 are
+            enough); fewer where they would cost much, as the caption says.
+        calibrated: draw (s − τ) / (1 − τ), τ the chance level's 95 % quantile.
         options: fields of ``running.Options`` (``num_images``, ``batch_size``, ``seed`` ...).
 
     Raises:
@@ -265,7 +332,7 @@ def measure(
     pairs: list[list[int]] = []
     if pairwise:
         models, pairs = same_depth.in_pairs(models)
-    asked = CKA(layers, tuple((a, b) for a, b in pairs))
+    asked = CKA(layers, tuple((a, b) for a, b in pairs), null, calibrated)
     return measure_one(asked, models, images, Options(**options))
 
 
@@ -284,6 +351,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="in place of --models: models in pairs, A B A2 B2 ..., to be compared at the same "
         "depth; from little to much training data",
     )  # fmt: skip
+    parser.add_argument(
+        "--null", type=int, default=0, metavar="P",
+        help="permutations for the chance level, 200 are enough (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrated", action="store_true", help="draw (s - t) / (1 - t), t the chance level"
+    )
 
     def from_arguments(args: argparse.Namespace) -> CKAResult:
         given = args.models
@@ -293,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.images,
             layers=args.layers,
             pairwise=args.pairwise is not None,
+            null=args.null,
+            calibrated=args.calibrated,
             **cli.options(args, "cka"),
         )
 

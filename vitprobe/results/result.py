@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -325,9 +325,11 @@ def load_result(path: str | Path) -> Result:
         raise VitprobeError(f"{path} holds {analysis!r}, which is not a measurement of vitprobe.")
     result_type = import_module(f"vitprobe.{analysis}").RESULT
     wanted = {field.name for field in fields(result_type)} - {"meta"}
-    if wanted - arrays.keys():
-        missing = ", ".join(sorted(wanted - arrays.keys()))
+    # Fields with a default came later: files of earlier versions are read without them.
+    needed = {field.name for field in fields(result_type) if field.default is MISSING} & wanted
+    if needed - arrays.keys():
+        missing = ", ".join(sorted(needed - arrays.keys()))
         raise VitprobeError(f"{path} lacks {missing}: another version of vitprobe wrote it.")
-    chosen = {name: arrays[name] for name in wanted}
+    chosen = {name: arrays[name] for name in wanted if name in arrays}
     check(path, chosen, meta, result_type.axes)
     return result_type(meta=meta, **chosen)
