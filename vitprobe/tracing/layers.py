@@ -161,13 +161,14 @@ class LayerMap:
         )
         if found:
             return found
-        wild = pattern.replace("[", "[[]")
-        found = [layer for layer in self.layers if fnmatchcase(layer.label, wild)]
-        found += [layer for layer in outputs if fnmatchcase(layer.module, wild)]
-        for name, layers in self.names.items():
-            found += layers if fnmatchcase(name, wild) else []
-        if found:
-            return found
+        # Brackets are first taken as part of a name, then as a choice of letters.
+        for wild in (pattern.replace("[", "[[]"), pattern):
+            found = [layer for layer in self.layers if fnmatchcase(layer.label, wild)]
+            found += [layer for layer in outputs if fnmatchcase(layer.module, wild)]
+            for name, layers in self.names.items():
+                found += layers if fnmatchcase(name, wild) else []
+            if found:
+                return found
         idle = [name for name in self.never_ran if fnmatchcase(name, wild)]
         if idle:
             raise VitprobeError(f"The layer {idle[0]} of {self.model} never ran.")
