@@ -315,3 +315,34 @@ def test_token_norms(kind):
         np.testing.assert_allclose(
             result.prefix_norm[layer], lengths[:, :1].mean(0), rtol=NORM_TOLERANCE
         )
+
+
+def test_measurements_are_not_rounded_like_the_passes():
+    """Under autocast products are bfloat16: those of the network, not those made of it."""
+    net = hard_vit("as drawn")
+    halves = {**OPTIONS, "precision": "bf16"}
+    names = [f"blocks.{i}.{part}" for i in range(2) for part in ("norm1", "norm2", "ls1", "ls2")]
+    result, recorder = seen(net, names, lambda: skip_ratio.measure(wrap(net), images(), **halves))
+    for row in range(4):
+        block, half = divmod(row, 2)
+        skip = recorder.took(f"blocks.{block}.norm{half + 1}").numpy()
+        branch = recorder.gave(f"blocks.{block}.ls{half + 1}").numpy()
+        ratio = np.linalg.norm(skip, axis=-1) / np.linalg.norm(branch, axis=-1)
+        np.testing.assert_allclose(result.ratio[row], ratio.mean(0), rtol=2 * NORM_TOLERANCE)
+    names = ["blocks.0", "blocks.1"]
+    result, recorder = seen(net, names, lambda: token_norms.measure(wrap(net), images(), **halves))
+    for layer, name in enumerate(names):
+        lengths = np.linalg.norm(recorder.gave(name).numpy(), axis=-1)
+        np.testing.assert_allclose(
+            result.norm_max[layer], lengths[:, 1:].max(), rtol=NORM_TOLERANCE
+        )
+    result, recorder = seen(
+        net, names, lambda: localization.measure(wrap(net), images(), layers="blocks", **halves)
+    )
+    found = [recorder.gave(name)[:, 1:].unbind(1) for name in names]
+    order = np.random.default_rng(0).permutation(N)
+    shape = (N, 3, GRID, PATCH, GRID, PATCH)
+    pixels = images()[order].double().reshape(shape).permute(0, 2, 4, 1, 3, 5)
+    patches = pixels.reshape(N, GRID**2, -1).unbind(1)
+    expected = np.concatenate([exact_cka(tokens, patches).ravel() for tokens in found])
+    np.testing.assert_allclose(result.cka.ravel(), expected, rtol=0, atol=CKA_TOLERANCE)

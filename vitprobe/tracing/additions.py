@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .observing import Observer, StandIn, observing
+from .observing import Observer, StandIn, in_own_precision, observing
 
 ADDS: set[Callable] = {
     torch.add,
@@ -131,7 +131,8 @@ class AdditionHooks(Observer):
         if before is None:
             return None
         scaled = pair[0], pair[1] * kwargs["alpha"] if "alpha" in kwargs else pair[1]
-        instead = before(scaled[addition.skip], scaled[1 - addition.skip])
+        with in_own_precision(scaled[0]):
+            instead = before(scaled[addition.skip], scaled[1 - addition.skip])
         if instead is None:
             return None
         if instead.shape != shape:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitprobe.errors import VitprobeError
 from vitprobe.tracing.layers import Layer
+from vitprobe.tracing.observing import in_own_precision
 from vitprobe.tracing.trace import AdditionHooks, tensors, unobserved
 
 Reduce = Callable[[int, Tensor], None]
@@ -42,7 +43,7 @@ def capture(module: nn.Module, layers: Sequence[Layer], reduce: Reduce) -> Itera
 
     def take(i: int, layer: Layer, tensor: Tensor) -> None:
         seen.add(i)
-        with unobserved():
+        with unobserved(), in_own_precision(tensor):
             reduce(i, layer.by_image(tensor))
 
     for i, layer in enumerate(layers):

@@ -7,17 +7,28 @@ module share one: whoever is entered inside another joins the mode that is there
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 StandIn = Callable[[], Any]
 
 unobserved = torch._C.DisableTorchFunction
 """``with unobserved():`` keeps the operations of other hooks out of a watched pass."""
+
+
+def in_own_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """``with in_own_precision(tensor):`` what is computed from a pass under autocast is not.
+
+    Products and norms of activations would else be rounded like the model's own.
+    """
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 class Observer:
