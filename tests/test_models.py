@@ -217,3 +217,13 @@ def test_a_caption_tells_images_from_how_often_they_were_seen():
         "bundled, from vit_small_box after 96,000 images, without its class token, then trained "
         "on 160,000 images"
     )
+
+
+def test_no_alias_has_weights_that_timm_says_are_for_another_variant():
+    for name in models.ALIASES.values():
+        note = str(timm.get_pretrained_cfg(name).notes or "")
+        assert "QuickGELU" not in note or "quickgelu" in name
+    from timm.layers import QuickGELU
+
+    clip = timm.create_model(models.ALIASES["clip_b16"].partition(".")[0], depth=1)
+    assert isinstance(clip.blocks[0].mlp.act, QuickGELU)

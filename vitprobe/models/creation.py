@@ -16,7 +16,7 @@ from vitprobe.errors import VitprobeError
 from vitprobe.models.contents import file_sha256, read
 from vitprobe.models.fitting import Fit, fit
 from vitprobe.models.google import load_npz
-from vitprobe.models.hub import hub
+from vitprobe.models.hub import hub, what_it_said
 from vitprobe.models.model import Model
 from vitprobe.models.names import REMOTE_PREFIXES, bundled_models
 from vitprobe.models.reference import reference
@@ -47,7 +47,12 @@ def create(spec: str, name: str, timm_name: str, image_size: int | None, origin:
         with hub() if from_hub else nullcontext():
             module = make(timm_name, image_size, pretrained=from_hub)
     except FAULTS as error:
-        raise _explained(spec, name, image_size, error) from error
+        raise _explained(spec, name, image_size, error, from_hub) from error
+    except Exception as error:
+        # Clients of the hub raise errors of their own libraries.
+        if not from_hub:
+            raise
+        raise _explained(spec, name, image_size, error, from_hub) from error
     config = config_of(module)
     architecture, details = str(config.get("architecture") or timm_name), {}
     if timm_name.startswith(REMOTE_PREFIXES):
@@ -163,11 +168,13 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _explained(spec: str, name: str, image_size: int | None, error: Exception) -> VitprobeError:
+def _explained(
+    spec: str, name: str, image_size: int | None, error: Exception, from_hub: bool = False
+) -> VitprobeError:
     if isinstance(error, VitprobeError):
         return error
     reason = first_line(error)
-    known = "ARCHITECTURE" if name.startswith(REMOTE_PREFIXES) else name
+    known = "ARCHITECTURE" if spec.startswith(REMOTE_PREFIXES) else name
     bundled = ", ".join(list(bundled_models())[:3])
     ways = (
         f"Try {known}@random (untrained), {known}@FILE (weights on disk) or a bundled model "
@@ -175,11 +182,9 @@ def _explained(spec: str, name: str, image_size: int | None, error: Exception) -
     )
     if "No pretrained weights" in reason:
         return VitprobeError(f"timm has no trained weights for {name}. {ways}")
-    if isinstance(error, OSError):
-        return VitprobeError(
-            f"The weights of {name} are not in the local cache, and the model hub cannot be "
-            f"reached. {ways}"
-        )
+    ours = isinstance(error, (RuntimeError, AssertionError, KeyError, TypeError))
+    if from_hub and not (ours and not isinstance(error, OSError)):
+        return VitprobeError(f"{what_it_said(error, name)} {ways}")
     if image_size is not None:
         return VitprobeError(f"{name} cannot be made for --image-size {image_size}: {reason}")
     return VitprobeError(f"{name} cannot be made: {reason}")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, bfloat16, float16, zeros
+from torch import Tensor, bfloat16, equal, float16, zeros
 
 from vitprobe.errors import VitprobeError
 from vitprobe.models.contents import Contents, state_dicts
@@ -142,9 +142,18 @@ def fit(spec: str, contents: Contents, network: Reference) -> Fit:
     whole.sort(key=lambda trial: trial.rank)
     # One place may fit in more than one way; the same tensors are the same network.
     chosen = whole[0]
-    others = [trial.place for trial in whole[1:] if trial.place != chosen.place]
+    others = [trial.place for trial in whole[1:] if _differ(trial, chosen, network)]
     result = _finished(spec, network, chosen, dict(large)[chosen.where])
     return replace(result, others=tuple(dict.fromkeys(others)))
+
+
+def _differ(one: _Trial, other: _Trial, network: Reference) -> bool:
+    """Whether two places hold two networks, or one in two ways."""
+    return any(
+        not equal(one.state[name], other.state[name])
+        for name in network.trunk
+        if name in one.state and name in other.state
+    )
 
 
 def _norm_alone(missing: list[str]) -> bool:

@@ -1,7 +1,7 @@
 """A name -> a ready model: module, its own transform, its input size, its weights' origin.
 
 A model is written ``NAME``, ``NAME@random`` or ``NAME@FILE``. NAME is an alias of the papers, a
-bundled model, or any timm name.
+bundled model, or any timm name. One's own code is ``package.module:factory`` or ``mine.py:build``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,17 @@ from torch import nn
 from vitprobe.errors import VitprobeError
 from vitprobe.models.contents import read, read_json
 from vitprobe.models.creation import create, file_origin, from_file
+from vitprobe.models.factories import from_factory
 from vitprobe.models.fitting import fit
 from vitprobe.models.model import Model
-from vitprobe.models.names import ALIASES, REMOTE_PREFIXES, bundled_models, check_known, label
+from vitprobe.models.names import (
+    ALIASES,
+    REMOTE_PREFIXES,
+    bundled_models,
+    check_known,
+    factory_parts,
+    label,
+)
 from vitprobe.models.reference import plain_reference
 from vitprobe.models.wrapping import unwrapped, wrap
 
@@ -33,8 +41,10 @@ def load_model(
 
     Args:
         spec: as above. NAME is a paper alias (``vit_b16``), a bundled model, or a timm name
-            (``vit_base_patch16_224.augreg_in21k``, ``hf-hub:owner/name@revision``). FILE is a
-            safetensors file or a state dict, read without executing anything in it.
+            (``vit_base_patch16_224.augreg_in21k``, ``hf-hub:owner/name@revision``,
+            ``local-dir:FOLDER``). FILE is a checkpoint of torch, safetensors, Google's ``.npz``, an
+            index of shards, or a folder with one of these, read without executing anything in it.
+            ``package.module:factory`` and ``mine.py:build`` run that code.
         image_size: side in pixels for a model that allows another one than its own; its position
             table is resampled by timm.
         seed: of the untrained weights; the caller's random state is left as it was.
@@ -55,6 +65,8 @@ def _load(spec: str, image_size: int | None, seed: int) -> Model:
             return _of_folder(spec, called, image_size)
         # A hub name keeps its own ``@revision``.
         return create(spec, called, spec, image_size, "hub")
+    if factory_parts(spec)[1]:
+        return from_factory(spec, seed)
     name, _, weights = spec.partition("@")
     if not name:
         raise VitprobeError(f"--models: {spec!r} has no name before its '@'.")

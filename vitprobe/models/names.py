@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ ALIASES = {
     "dinov2_s14": "vit_small_patch14_dinov2.lvd142m",
     "dinov2_b14": "vit_base_patch14_dinov2.lvd142m",
     "beit_b16": "beit_base_patch16_224.in22k_ft_in22k_in1k",
-    "clip_b16": "vit_base_patch16_clip_224.openai",
+    # OpenAI trained with QuickGELU; timm has the same weights under GELU, which is another network.
+    "clip_b16": "vit_base_patch16_clip_quickgelu_224.openai",
     "mae_b16": "vit_base_patch16_224.mae",
     "swin_t": "swin_tiny_patch4_window7_224.ms_in1k",
     "swin_b": "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
@@ -72,10 +74,22 @@ def label(spec: str) -> str:
     if spec.startswith(REMOTE_PREFIXES):
         source, _, place = spec.partition(":")
         return _own(Path(place).expanduser().resolve().name) if source == "local-dir" else place
+    where, factory = factory_parts(spec)
+    if factory:
+        return f"{where.removesuffix('.py').replace('/', '.').rpartition('.')[2]}:{factory}"
     name, _, weights = spec.partition("@")
     if weights == "random":
         return f"{name} (random)"
     return _own(_stem(Path(weights))) if weights else name
+
+
+def factory_parts(spec: str) -> tuple[str, str]:
+    """Where one's own code is and the name in it, of ``WHERE:NAME``; empty for other specs."""
+    where, _, name = spec.rpartition(":")
+    if spec.startswith(REMOTE_PREFIXES) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
+        return "", ""
+    known = where.endswith(".py") or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", where)
+    return (where, name) if known else ("", "")
 
 
 def _stem(path: Path) -> str:

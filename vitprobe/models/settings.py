@@ -54,6 +54,12 @@ def settle(spec: str, module: nn.Module, contents: Contents) -> dict[str, Any]:
     wanted = ACTIVATIONS.get(str(config.get("hidden_act")))
     activations = {type(part).__name__ for name, part in module.named_modules()
                    if re.search(r"mlp\.act$", name)}  # fmt: skip
+    if wanted == ("GELUTanh",) and activations == {"GELU"}:
+        # The same function but for the approximation, which torch's own module can be told.
+        for name, part in module.named_modules():
+            if re.search(r"mlp\.act$", name) and isinstance(part, nn.GELU):
+                part.approximate = "tanh"
+        activations = {part for part in wanted}
     if wanted and activations and not activations & set(wanted):
         raise VitprobeError(
             f"{spec}: the file's network computes {config['hidden_act']}, this architecture "
