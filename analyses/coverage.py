@@ -56,7 +56,8 @@ LIMIT_CPU_SECONDS, LIMIT_GIB = 1200, 12
 YES, ABSENT, NO = "yes", "not in this architecture", "no"
 # How a measurement says that an architecture has nothing for it.
 SAYS_ABSENT = re.compile(
-    "has no attention|has no residual additions|has no position embedding|has no layer of filters"
+    "has no attention|attends, if at all, in a way|has no residual additions|"
+    "has no position embedding|has no layer of filters"
 )
 
 

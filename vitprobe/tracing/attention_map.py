@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import NotApplicable
-from vitprobe.tracing.attention_operations import AttentionObserver, Operation
+from vitprobe.tracing.attention_operations import PRODUCTS, AttentionObserver, Operation
 from vitprobe.tracing.masks import follow_masks
 from vitprobe.tracing.observing import observing
+from vitprobe.tracing.outside import Origins
+from vitprobe.tracing.rows import examine
 from vitprobe.tracing.special_cases import NO_PROBABILITIES
 from vitprobe.tracing.tokens import (
     IMAGE_STEP,
@@ -32,6 +34,10 @@ from vitprobe.tracing.tokens import (
     put_pixels,
     spread,
 )
+from vitprobe.tracing.trace import tensors
+
+_QUERIES_LOST = "where its queries stand cannot be told"
+_PRODUCT = "it multiplies what it has made of the image with itself, without a softmax"
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,14 @@ class AttentionMap:
         layers: in order of occurrence.
         left_out: label -> why an attention operation is none between places of the image.
         operations: how many attention operations a pass makes.
+        unread: label -> what happens there that may be attention and cannot be read as such.
     """
 
     model: str
     layers: list[AttentionLayer]
     left_out: dict[str, str]
     operations: int
+    unread: dict[str, str] = field(default_factory=dict)
 
     def require(self, what: str) -> None:
         """``VitprobeError`` if there is no layer that could have ``what``."""
@@ -110,6 +118,13 @@ class AttentionMap:
             raise NotApplicable(
                 f"{self.model} attends with weights that are not probabilities, which have no "
                 f"{what}{why}.",
+                self.model,
+            )
+        if self.unread:
+            label, happens = next(iter(self.unread.items()))
+            raise NotApplicable(
+                f"{self.model} attends, if at all, in a way that cannot be read, and so there is "
+                f"no {what} ({label}: {happens}).",
                 self.model,
             )
         raise NotApplicable(
@@ -134,6 +149,7 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
     with torch.inference_mode(False), torch.no_grad(), mapper.watching(module):
         inputs = example[:2].clone()
         put_pixels(inputs)
+        mapper.origins.begin(inputs)
         module(inputs)
     times = Counter(label for label, *_ in mapper.found)
     nth: Counter[str] = Counter()
@@ -153,7 +169,13 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
             layers.append(
                 layer if hidden is None else replace(layer, masked=_masked(layer, hidden))
             )
-    return AttentionMap(name, layers, left_out, len(mapper.found))
+    unread = {label: why for label, why in left_out.items() if why == _QUERIES_LOST}
+    if not mapper.found:
+        unread |= {label: left_out.get(label, why) for label, why in mapper.products.items()}
+    unread |= mapper.outside
+    if layers:
+        examine(name, module, example)
+    return AttentionMap(name, layers, left_out, len(mapper.found), unread)
 
 
 def _masked(layer: AttentionLayer, hidden: Tensor) -> np.ndarray:
@@ -171,6 +193,9 @@ class _Mapper(AttentionObserver):
         self.stack: list[nn.Module] = []
         self.found: list[tuple[str, tuple | str, Tensor | None]] = []
         self.unused: dict[int, tuple[str, str | None]] = {}  # softmax -> label, special case
+        self.products: dict[str, str] = {}  # label -> what may be attention without a softmax
+        self.outside: dict[str, str] = {}
+        self.origins = Origins(module)
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
@@ -187,9 +212,17 @@ class _Mapper(AttentionObserver):
             yield
 
     def after(self, function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        given = [tensor for _, tensor in tensors((args, kwargs))]
+        if any(place_of(one) is None and self.origins.is_outside(one) for one in given):
+            self.outside.setdefault(self._label(), "a step that cannot be watched comes before it")
+        multiplies = function in PRODUCTS or function is torch.einsum
+        if multiplies and sum(place_of(one) is not None and one.ndim > 2 for one in given) > 1:
+            self.products.setdefault(self._label(), _PRODUCT)
         follow(function, args, kwargs, result)
         follow_masks(function, args, kwargs, result)
         super().after(function, args, kwargs, result)
+        for _, tensor in tensors(result):
+            self.origins.know(tensor)
 
     def note_softmax(self) -> None:
         self.unused[self.softmaxes - 1] = self._label(), self._special_case()
@@ -214,8 +247,10 @@ class _Mapper(AttentionObserver):
         # The keys first: channels that attend to channels have no rows that could be placed.
         keys = self._tokens(label, operation, operation.key, leading)
         queries = keys if keys is None else self._tokens(label, operation, operation.query, leading)
-        if keys is None or queries is None:
+        if keys is None:
             return "it attends over channels, not over places"
+        if queries is None:
+            return _QUERIES_LOST
         if keys.isnan().all():
             return "its keys stand nowhere in the image"
         if queries.isnan().all():

@@ -130,9 +130,13 @@ class LayerMap:
             if any(layer.module.startswith(f"{name}.") for name in attention):
                 continue
             sum_or_hidden = layer.point in ("addition", "input")
+            # Of what an attention module puts out the first is the output, not a map beside it.
+            first = not layer.suffix or layer.suffix == min(
+                other.suffix for other in self.layers if other.module == layer.module
+            )
             if (
                 sum_or_hidden
-                or layer.module in attention
+                or (layer.module in attention and first)
                 or _is_norm_or_conv(self.modules[layer.module])
             ):
                 kept.append(layer)

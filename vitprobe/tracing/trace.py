@@ -151,7 +151,7 @@ class _Recorder(TorchFunctionMode):
         self.modules = {name: module for module, name in names.items()}
         self.additions: list[Addition] = []
         self.sums: dict[int, Node] = {}  # position of a residual sum: its fork
-        self.attention_modules: dict[str, None] = {}
+        self.attention_modules: dict[str, bool] = {}  # whether by one operation, values included
 
     def node_of(self, tensor: Tensor) -> Node | None:
         """The node of a tensor, in-place changes through other views of it included."""
@@ -214,7 +214,7 @@ class _Recorder(TorchFunctionMode):
         parents = [node for node in nodes if node]
         attends = bool(parents) and _attends(function, args, kwargs)
         if attends:
-            self.attention_modules[self.stack[-1].name] = None
+            self.attention_modules.setdefault(self.stack[-1].name, function in _FUSED_ATTENTION)
         target = kwargs.get("out", args[0] if args else None)
         version = _version(target) if isinstance(target, Tensor) else None
         result = function(*args, **kwargs)
@@ -274,6 +274,12 @@ class _Recorder(TorchFunctionMode):
             pair[found.skip].position, found.fork.position,
         )  # fmt: skip
         return addition, found.fork
+
+    def is_map(self, node: Node) -> bool:
+        """Whether a tensor is the map of an attention operation, or a part or copy of it."""
+        while not node.attends and node.linear and not node.works and len(node.parents) == 1:
+            node = self.nodes[node.parents[0]]
+        return node.attends
 
     def adder(self, pair: tuple[Node, Node]) -> tuple[_Frame, list[Node]]:
         """The innermost module that does more than add, and what it was given.
@@ -347,8 +353,14 @@ class _Recorder(TorchFunctionMode):
             while frame.module is not module:  # calls that an exception ended
                 frame = self.stack.pop()
             if isinstance(module, nn.MultiheadAttention):
-                self.attention_modules[frame.name] = None
+                self.attention_modules[frame.name] = True
             given = list(tensors(output))
+            if self.stack and self.attention_modules.get(frame.name) is False:
+                made = [node for _, tensor in given if (node := self.node_of(tensor))]
+                if made and all(self.is_map(node) for node in made):
+                    # A module that gives the map only: who called it attends.
+                    del self.attention_modules[frame.name]
+                    self.attention_modules.setdefault(self.stack[-1].name, False)
             outputs = [(suffix, self.info(tensor)) for suffix, tensor in given]
             call = Call(
                 frame.name, frame.index, type(module).__name__, _is_leaf(module),
