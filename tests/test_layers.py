@@ -236,3 +236,36 @@ def test_a_layer_that_does_not_run_in_a_later_pass_is_an_error():
     model.skip = True
     with pytest.raises(VitprobeError, match="The layer b did not run"):
         captured(model, layers, torch.randn(2, 3, 8, 8))
+
+
+class SoftmaxModule(nn.Module):
+    """Attention whose softmax is a module, which returns the map; the map beside the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.attend = nn.Sequential(nn.Softmax(-1), nn.Dropout(0.1))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        weights = self.attend(q @ k.mT)
+        return self.out(weights @ v), weights
+
+
+class PatchesThenAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch, self.norm, self.attention = (
+            nn.Conv2d(3, 8, 8, 8),
+            nn.LayerNorm(8),
+            SoftmaxModule(),
+        )
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).mT
+        return x + self.attention(self.norm(x))[0]
+
+
+def test_paper_takes_what_the_attention_puts_out_and_not_its_map():
+    layers = mapped(PatchesThenAttention()).choose("paper")
+    assert [layer.label for layer in layers] == ["patch", "norm", "attention[0]", "output sum"]

@@ -37,6 +37,7 @@ from vitprobe.tracing.tokens import (
 from vitprobe.tracing.trace import tensors
 
 _QUERIES_LOST = "where its queries stand cannot be told"
+_ROWS_LOST = "its rows do not belong to one image each"
 _PRODUCT = "it multiplies what it has made of the image with itself, without a softmax"
 
 
@@ -169,11 +170,11 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
             layers.append(
                 layer if hidden is None else replace(layer, masked=_masked(layer, hidden))
             )
-    unread = {label: why for label, why in left_out.items() if why == _QUERIES_LOST}
+    unread = {label: why for label, why in left_out.items() if why in (_QUERIES_LOST, _ROWS_LOST)}
     if not mapper.found:
         unread |= {label: left_out.get(label, why) for label, why in mapper.products.items()}
     unread |= mapper.outside
-    if layers:
+    if layers or _ROWS_LOST in left_out.values():
         examine(name, module, example)
     return AttentionMap(name, layers, left_out, len(mapper.found), unread)
 
@@ -218,6 +219,8 @@ class _Mapper(AttentionObserver):
         multiplies = function in PRODUCTS or function is torch.einsum
         if multiplies and sum(place_of(one) is not None and one.ndim > 2 for one in given) > 1:
             self.products.setdefault(self._label(), _PRODUCT)
+        if getattr(function, "__name__", "") == "flex_attention":
+            self.products.setdefault(self._label(), "its scores are changed one by one")
         follow(function, args, kwargs, result)
         follow_masks(function, args, kwargs, result)
         super().after(function, args, kwargs, result)
@@ -255,7 +258,7 @@ class _Mapper(AttentionObserver):
             return "its keys stand nowhere in the image"
         if queries.isnan().all():
             return "its queries are class tokens only"
-        return _layout(queries, keys, leading) or "its rows do not belong to one image each"
+        return _layout(queries, keys, leading) or _ROWS_LOST
 
     def _tokens(
         self, label: str, operation: Operation, tensor: Tensor, leading: tuple[int, ...]

@@ -150,6 +150,8 @@ def _recognise(
                 None, args[0], args[1], map=weights, length_first=True,
                 twice=(result[0], again, partial(_exactly, function, args, asked)),
             )  # fmt: skip
+    elif getattr(function, "__name__", "") == "flex_attention" and len(args) > 5:
+        yield from _flexible(args, result[0])
     elif function in PRODUCTS:
         left, right = args[0], args[1]
         if (tag := _tag(left)) and not tag.turned and tag.axis == -1:
@@ -162,6 +164,39 @@ def _recognise(
         yield from _summed(args, result)
     else:
         _carry_tag(function, args, result)
+
+
+def _flexible(args: tuple, out: Tensor) -> Iterator[Operation]:
+    """``flex_attention`` as it runs without a compiler: a function changes the scores."""
+    query, key, value, change, block_mask, scale, *more = args
+    buffers = (*more[1:], (), ())[:2]
+    shows = block_mask[-1]
+
+    def computed(wide: bool = False) -> tuple[Tensor, Tensor]:
+        q, k, v = (one.double() if wide else one for one in (query, key, value))
+        groups = q.shape[1] // k.shape[1]
+        k, v = (one.repeat_interleave(groups, 1) if groups > 1 else one for one in (k, v))
+        scores = (q @ k.mT) * scale
+        at = [
+            torch.arange(size, device=q.device).reshape([-1 if a == axis else 1 for a in range(4)])
+            for axis, size in enumerate(scores.shape)
+        ]
+        scores = change(scores, *at, *buffers[0])
+        shown = shows(*at, *buffers[1])
+        map_ = scores.masked_fill(~shown, -torch.inf).softmax(-1).nan_to_num(0)
+        return map_, map_ @ v
+
+    try:
+        map_, again = computed()
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        return  # a change that is not written for many scores at once
+    grown = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    if isinstance(place := place_of(key), Tensor):
+        put(grown, place.repeat_interleave(query.shape[1] // key.shape[1], 1))
+    elif isinstance(place, str):
+        put(grown, place)
+    twice = out, again, lambda: computed(True)[1]
+    yield Operation(out, query, grown, value, map_, twice=twice)
 
 
 def _summed(args: tuple, result: Tensor) -> Iterator[Operation]:

@@ -54,6 +54,15 @@ class Observer:
         """An operation has run."""
 
 
+def eagerly() -> AbstractContextManager[Any]:
+    """Within it, what has been compiled runs operation by operation, so that it can be seen.
+
+    A compiler would otherwise trace the observers, too (``flex_attention`` compiles itself).
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
 @contextmanager
 def observing(module: nn.Module, observer: Observer) -> Iterator[None]:
     """Within it, ``observer`` sees what the forward passes of ``module`` do.
@@ -68,6 +77,7 @@ def observing(module: nn.Module, observer: Observer) -> Iterator[None]:
             mode = _Shared(module)
             stack.callback(module.register_forward_pre_hook(mode.begin).remove)
             stack.callback(module.register_forward_hook(mode.end).remove)
+            stack.enter_context(eagerly())
             stack.enter_context(mode)
         mode.join(observer)
         stack.callback(mode.leave, observer)

@@ -1,13 +1,12 @@
 """What one forward pass does: the module calls, the residual additions, the attention.
 
 ``record`` watches a single pass closely and says where things are; ``AdditionHooks`` then
-hands the operands of chosen additions to callbacks in any number of cheap later passes.
+hands the operands of chosen additions to callbacks in any number of later passes.
 Both see operations, not module families, so one code serves every architecture.
 
 While ``record`` runs, each tensor that depends on the input carries a node: its ancestors
 and what the operation that made it did, from which ``residuals.classify`` tells residual
-additions. Those whose whole branch runs inside a module without children (activations, response
-normalisation) do not count.
+additions. Those of which all runs inside a module without children (activations) do not count.
 """
 
 from __future__ import annotations
@@ -19,25 +18,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .additions import ADDS, Addition, AdditionHooks, operands
-from .observing import unobserved
+from .candidates import attends, is_fused
+from .observing import eagerly, unobserved
 from .outside import Origins
 from .residuals import Node, between, classify, is_linear
 from .special_cases import SUMS_OF_OPERATIONS
 
 __all__ = ["Addition", "AdditionHooks", "Call", "TensorInfo", "Trace", "record", "unobserved"]
 
-_SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
-_FUSED_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 # The values of these do not depend on any tensor given, or on the first one only.
 _BLANK = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"} | {
     f"{name}_like" for name in ("empty", "zeros", "ones", "full", "rand", "randn")
 }
 # Besides weighted operations, these work on what they are given; all others pass it on.
-_WORK = ("_norm", "_pool", "normalize", "matmul", "bmm", "scaled_dot_product_attention")
+_WORK = (
+    "_norm",
+    "_pool",
+    "normalize",
+    "matmul",
+    "bmm",
+    "scaled_dot_product_attention",
+    "flex_attention",
+)
 _CUTS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk"}
 _LIKE_ANOTHER = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 
@@ -107,17 +112,6 @@ def tensors(value: Any, suffix: str = "") -> Iterator[tuple[str, Tensor]]:
     elif is_dataclass(value) and not isinstance(value, type):
         for key, item in vars(value).items():
             yield from tensors(item, f"{suffix}[{key!r}]")
-
-
-def _attends(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Fused attention, or a softmax over the last of at least 3 axes, the last two above 1."""
-    if function in _FUSED_ATTENTION:
-        return True
-    if function not in _SOFTMAXES:
-        return False
-    scores = args[0] if args else kwargs["input"]
-    axis = args[1] if len(args) > 1 else kwargs.get("dim")
-    return scores.ndim >= 3 and axis in (-1, scores.ndim - 1) and min(scores.shape[-2:]) > 1
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -212,9 +206,9 @@ class _Recorder(TorchFunctionMode):
                 found = self.consider(*pair)
             self.adds += 1
         parents = [node for node in nodes if node]
-        attends = bool(parents) and _attends(function, args, kwargs)
-        if attends:
-            self.attention_modules.setdefault(self.stack[-1].name, function in _FUSED_ATTENTION)
+        attention = bool(parents) and attends(function, args, kwargs)
+        if attention:
+            self.attention_modules.setdefault(self.stack[-1].name, is_fused(function))
         target = kwargs.get("out", args[0] if args else None)
         version = _version(target) if isinstance(target, Tensor) else None
         result = function(*args, **kwargs)
@@ -231,7 +225,7 @@ class _Recorder(TorchFunctionMode):
         )
         works = any(word in name for word in _WORK)
         linear = is_linear(name.strip("_"), args, kwargs, nodes)
-        what = weighted, works, linear, name in _CUTS, attends
+        what = weighted, works, linear, name in _CUTS, attention
         if version is not None and _version(target) != version:
             node = self.new_node(parents, *what)
             self.seen[id(target)] = (target, node, _version(target))
@@ -276,7 +270,7 @@ class _Recorder(TorchFunctionMode):
         return addition, found.fork
 
     def is_map(self, node: Node) -> bool:
-        """Whether a tensor is the map of an attention operation, or a part or copy of it."""
+        """Whether a tensor is the map of an attention operation."""
         while not node.attends and node.linear and not node.works and len(node.parents) == 1:
             node = self.nodes[node.parents[0]]
         return node.attends
@@ -394,7 +388,7 @@ def record(
             # Tensors made under inference mode have no version to tell changes by.
             args = [_ordinary(value) for value in inputs]
             kwargs = {key: _ordinary(value) for key, value in keyword_inputs.items()}
-            with recorder:
+            with eagerly(), recorder:
                 module(*args, **kwargs)
     finally:
         for handle in handles:
