@@ -18,7 +18,6 @@ FIGURE = Figure(
     note="the ViT that averages its tokens, not a larger one",
     models=["vit_gap_box"],
     layers="paper",
-    channels=4,
 )
 
 if __name__ == "__main__":

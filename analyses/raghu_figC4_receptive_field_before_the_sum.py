@@ -11,9 +11,7 @@ from gallery import Figure
 
 from vitprobe import receptive_field
 
-FIGURE = Figure(
-    __doc__, __file__, receptive_field, models=["vit_small_box"], pre_residual=True, channels=8
-)
+FIGURE = Figure(__doc__, __file__, receptive_field, models=["vit_small_box"], pre_residual=True)
 
 if __name__ == "__main__":
     raise SystemExit(FIGURE.main())

@@ -116,11 +116,12 @@ def caption(result: Any) -> str:
     else:
         count = meta["channels"]
         text += " Mean |∂centre/∂input| over images, RGB and "
-        text += "all channels." if count == "all" else "channels drawn at random, "
-        if count != "all":
+        if count == "all":
+            text += "all channels."
+        else:
             # Files of older versions have the same channels in every image.
-            own = "bias" in meta
-            text += f"{count} a layer{' and image' if own else ''}."
+            each = " and image" if "bias" in meta else ""
+            text += f"channels, {count} per layer{each}, drawn at random."
     text += " Each panel divided by its maximum; box: theoretical field."
     if result.reaching().any():
         text += (

@@ -100,13 +100,12 @@ def plan_of(
     # A branch stands before its sum, and sees no farther.
     boxes = [box for box in boxes for _ in range(together)]
     drawn: list[Tensor | None] = []
-    for i, site in enumerate(sites):
+    for site in sites:
         if signed or channels == "all" or int(channels) >= site.channels:
             drawn.append(None)
             continue
-        # A branch and its sum are compared on the same channels.
-        seed = ready.options.seed + 2**32 * (i // together)
-        generator = torch.Generator().manual_seed(seed)
+        # Layers of one width are compared on the same channels, as are a branch and its sum.
+        generator = torch.Generator().manual_seed(ready.options.seed)
         count = len(ready.images), int(channels)
         drawn.append(channels_of_images(site.channels, *count, groups, generator))
     side = (example.shape[-2], example.shape[-1])
