@@ -255,6 +255,38 @@ def test_a_line_says_why_there_is_no_grid():
         localization.measure(wrap(Lost(), "net"), torch.randn(8, 3, 32, 32), layers="out")
 
 
+class Prunes(nn.Module):
+    """Two blocks, the latter of half of the tokens, chosen by what is in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Conv2d(3, 8, 8, 8)
+        self.blocks = nn.ModuleList([Adds(), Adds()])
+
+    def forward(self, x):
+        x = self.blocks[0](self.project(x).flatten(2).mT)
+        index = x[..., 0].argsort(1)[:, :8, None].expand(-1, -1, 8)
+        return self.blocks[1](x.gather(1, index))
+
+
+class Adds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.turn(x).relu()
+
+
+def test_a_block_that_loses_its_places_is_told_and_never_replaced_by_an_earlier_one(capsys):
+    images = torch.randn(8, 3, 32, 32)
+    with pytest.raises(NotApplicable, match=r"blocks.1 of net, its last block, .* argsort"):
+        localization.measure(wrap(Prunes(), "net"), images)
+    result = localization.measure(wrap(Prunes(), "net"), images, layers="blocks")
+    assert result.layers.tolist() == ["blocks.0"]
+    assert "net: the layer blocks.1 left out: argsort in or before it" in capsys.readouterr().err
+
+
 class Summed(nn.Module):
     """A class token and registers behind the patches; branches of known size."""
 

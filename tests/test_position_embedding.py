@@ -180,6 +180,27 @@ def test_without_a_word_the_size_is_one_that_the_module_runs_at():
         measure(wrap(Embeds(size=(40, 24)), "made", input_size=(3, 32, 32)))
 
 
+def test_a_table_of_rows_and_one_of_columns_are_shown_as_their_sum():
+    class Axial(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Conv2d(3, 8, 8, 8)
+            self.down, self.along = nn.Parameter(torch.randn(8, 4, 1)), nn.Embedding(6, 8)
+
+        def forward(self, x):
+            x = self.project(x) + self.down
+            x = x + self.along(torch.arange(6)).T[:, None]
+            return x.flatten(2).mT
+
+    module = Axial()
+    result = measure(wrap(module, "axial", input_size=(3, 32, 48)))
+    assert [(t["name"], t["grid"]) for t in result.meta["tables"]] == [
+        ("down + along.weight", [4, 6])
+    ]
+    table = (module.down + module.along.weight.T[:, None]).permute(1, 2, 0)
+    np.testing.assert_allclose(result.of(0), similarity(table), atol=1e-6)
+
+
 def test_a_model_comes_back_in_the_mode_that_it_had():
     module = Embeds().train()
     module.project.eval()

@@ -277,8 +277,15 @@ def assign(target: Tensor, index: Any, value: Any) -> None:
         put(target, lost)
         return
     place = (nowhere(target) if old is None else places_of(target)).clone()
-    place[index] = torch.tensor(NOWHERE) if new is None else places_of(value)
+    place[on_cpu(index)] = torch.tensor(NOWHERE) if new is None else places_of(value)
     put(target, place)
+
+
+def on_cpu(index: Any) -> Any:
+    """An index whose tensors are where places are."""
+    if isinstance(index, Tensor):
+        return index.cpu()
+    return tuple(map(on_cpu, index)) if isinstance(index, tuple) else index
 
 
 def _many(value: Any, count: int) -> tuple[int, ...]:

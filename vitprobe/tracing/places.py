@@ -8,6 +8,7 @@ the class token: the one that the model's own output reads.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -119,6 +120,10 @@ class Places:
         return replace(self, order=self.order[np.ix_(rows, columns)], step=step)
 
 
+class Lost(str):
+    """Why nobody can tell where the vectors of a layer stand, though they may form a grid."""
+
+
 @dataclass(frozen=True)
 class Placed:
     """A layer with its grid.
@@ -147,7 +152,8 @@ def placed_layers(
         choice: ``last`` (the last block that has a grid), ``blocks``, or names with wildcards.
 
     Raises:
-        VitprobeError: unknown layers, or one named that has no grid; sets pass over those.
+        VitprobeError: unknown layers, or one named that has no grid; sets pass over those, and a
+            line on stderr names such as may have one. The last block must not be one of these.
     """
     wanted = [choice] if isinstance(choice, str) else list(choice)
     names = ["blocks" if name == "last" else name for name in wanted]
@@ -162,14 +168,32 @@ def placed_layers(
             raise NotApplicable(
                 f"The layer {bare.label} of {model.name} has no grid of places: {why}.", model.name
             )
+        lost = [(layer, why) for layer, why in chosen if isinstance(why, Lost)]
         if wanted == ["last"]:
-            kept = kept[-1:]
+            if lost and lost[-1][0].time > kept[-1][0].time:
+                raise NotApplicable(
+                    f"The layer {lost[-1][0].label} of {model.name}, its last block, has no grid "
+                    f"of places: {lost[-1][1]}. Name another layer.",
+                    model.name,
+                )
+            kept, lost = kept[-1:], []
+        tell_lost(model.name, lost)
         later = [block.time for block in layer_map.choose("blocks")][1:]
         for layer, places in kept:
             depth = float(np.mean([layer.time >= time for time in later])) if later else 1.0
             found.append(Placed(layer, places, index, depth))
         kinds.append(_kind(model, layer_map.has_attention, kept[-1][1]))
     return found, kinds
+
+
+def tell_lost(name: str, lost: Sequence[tuple[Layer, str]]) -> None:
+    """A line on stderr for layers that are left out, as nobody can tell where they stand."""
+    if lost:
+        first, why = lost[0]
+        others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        print(
+            f"vitprobe: {name}: the layer {first.label}{others} left out: {why}.", file=sys.stderr
+        )
 
 
 def find_places(module: nn.Module, layers: Sequence[Layer], example: Tensor) -> list[Places | str]:
@@ -208,7 +232,7 @@ def _grid(place: Place, layer: Layer) -> Places | str:
     """The grid of a layer from where its tensor stands."""
     if not isinstance(place, Tensor):
         operation = place or "an operation that torch does not show"
-        return f"{operation} in or before it loses where its parts stand"
+        return Lost(f"{operation} in or before it loses where its parts stand")
     both = layer.by_image(place)
     size = " × ".join(map(str, both.shape[1:])) or "1"
     bare = f"an image's part of it is {size}"
@@ -217,9 +241,9 @@ def _grid(place: Place, layer: Layer) -> Places | str:
     one, other = both
     gap = compact(one - other + IMAGE_STEP)
     if not torch.equal(compact(one).isnan(), compact(other).isnan()):
-        return "where its parts stand differs from image to image"
+        return Lost("where its parts stand differs from image to image")
     if float(gap.abs().nan_to_num(0).amax()) >= TOLERANCE_PX:
-        return "where its parts stand differs from image to image"
+        return Lost("where its parts stand differs from image to image")
     found = grid_of(one)
     return found or bare
 

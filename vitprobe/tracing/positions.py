@@ -128,6 +128,7 @@ class _Added(Scores):
         }
         self.stack: list[tuple[str, int]] = []
         self.tables: list[tuple[str, Tensor]] = []
+        self.halves: dict[tuple[tuple[int, ...], frozenset[int]], tuple[str, Tensor]] = {}
         self.biases: list[_Bias] = []
 
     @contextmanager
@@ -212,12 +213,21 @@ class _Added(Scores):
             return
         own = _without_repetition(other)
         own = own[(None,) * (tokens.ndim - own.ndim)]
-        if any(own.shape[axis - 1] != tokens.shape[axis - 1] for axis in places.axes):
+        long = {axis for axis in places.axes if tokens.shape[axis - 1] > 1}
+        along = {axis for axis in long if own.shape[axis - 1] == tokens.shape[axis - 1]}
+        if not along and long:
             return
         flat = places.spatial(other.expand(tokens.shape)[None])[0]
         table = flat.unflatten(0, (places.rows, places.columns)).detach().clone()
+        name = self._name(other) or self.stack[-1][0] or "output"
+        if along < long:
+            # One for rows and another for columns: the table is their sum.
+            other_half = self.halves.pop((tuple(table.shape), frozenset(long - along)), None)
+            if other_half is None:
+                self.halves[tuple(table.shape), frozenset(along)] = name, table
+                return
+            name, table = f"{other_half[0]} + {name}", other_half[1] + table
         if not any(table.shape == old.shape and table.equal(old) for _, old in self.tables):
-            name = self._name(other) or self.stack[-1][0] or "output"
             self.tables.append((name, table))
 
     def _follow_names(self, args: tuple, kwargs: dict, result: Any) -> None:

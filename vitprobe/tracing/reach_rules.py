@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitprobe.tracing.place_arithmetic import mover
+from vitprobe.tracing.place_rules import on_cpu
 from vitprobe.tracing.reach_windows import Size, convolve, many, pool, resize, unfold
 from vitprobe.tracing.reaches import (
     Reach,
@@ -88,7 +89,7 @@ def assigned(target: Tensor, index: Any, value: Any) -> None:
     parts = []
     for i in range(5):
         part = (nothing(target.shape) if old is None else old[i]).clone()
-        part[index] = torch.tensor(-torch.inf) if new is None else new[i]
+        part[on_cpu(index)] = torch.tensor(-torch.inf) if new is None else new[i]
         parts.append(part)
     put_reach(target, tuple(parts))
 
