@@ -220,7 +220,14 @@ class _Watch(Watch):
         count = sum(len(plan.sites) * -(-len(batch) // plan.at_once) for plan in self.plans)
         silent = self.ready.options.quiet or not sys.stderr.isatty()
         silent = silent or not processes.is_main_process()
-        progress = tqdm(total=count, unit="layer", disable=silent, leave=False, position=1)
+        progress = tqdm(
+            total=count,
+            unit=" layers",
+            dynamic_ncols=True,
+            disable=silent,
+            leave=False,
+            position=1,
+        )
         with frozen(self.modules), progress:
             for m, plan in enumerate(self.plans):
                 for start in range(0, len(batch), plan.at_once):
