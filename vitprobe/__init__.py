@@ -12,6 +12,7 @@ from vitprobe._version import __version__
 if TYPE_CHECKING:
     from vitprobe.activations import attention_maps, capture
     from vitprobe.errors import VitprobeError
+    from vitprobe.extract import extract
     from vitprobe.images.sources import open_images
     from vitprobe.models.loading import Model, load_model, wrap
     from vitprobe.results.result import Result, load_result
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     "attention_maps": "vitprobe.activations",
     "capture": "vitprobe.activations",
+    "extract": "vitprobe.extract",
     "load_model": "vitprobe.models.loading",
     "wrap": "vitprobe.models.loading",
     "Model": "vitprobe.models.loading",
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "attention_maps",
     "capture",
+    "extract",
     "load_model",
     "load_result",
     "measure_all",

@@ -14,7 +14,7 @@ from vitprobe._version import __version__
 from vitprobe.catalogue import GROUPS, first_line, measurements
 from vitprobe.errors import nearest
 
-OTHERS = ("report", "redraw")
+OTHERS = ("report", "extract", "redraw")
 # Commands that are no module of their own: where they are, and what they do.
 ELSEWHERE = {
     "models": ("vitprobe.listing", "list_models", "What --models takes: names, aliases, timm's."),

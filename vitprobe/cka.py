@@ -24,6 +24,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,6 +37,7 @@ from vitprobe.papers import groeger2026
 from vitprobe.papers.raghu2021 import alike, same_depth
 from vitprobe.results import chance, drawing
 from vitprobe.results.result import Finding, Result, Text
+from vitprobe.running.features import summed
 from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options
 from vitprobe.running.passes import measure_one
@@ -57,8 +59,7 @@ class CKAResult(Result):
         cka_se: (L, L) jackknife standard error; NaN with fewer than two batches.
         layers: (L,) names.
         model_of_layer: (L,) index into ``meta["models"]``.
-        null_q95: (L, L) 95 % quantile with the images of one of the two networks permuted; NaN
-            without permutations.
+        null_q95: (L, L) 95 % quantile with the images of one of the networks permuted, or NaN.
         null_max_q95: (models, models) the same of the largest over all pairs of their layers.
     """
 
@@ -82,11 +83,8 @@ class CKAResult(Result):
         "CKA",
     )
     axes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "cka": ("layer", "layer_2"),
-        "cka_se": ("layer", "layer_2"),
-        "layers": ("layer",),
-        "model_of_layer": ("layer",),
-        "null_q95": ("layer", "layer_2"),
+        **dict.fromkeys(("cka", "cka_se", "null_q95"), ("layer", "layer_2")),
+        **dict.fromkeys(("layers", "model_of_layer"), ("layer",)),
         "null_max_q95": ("model", "model_2"),
     }
 
@@ -145,13 +143,7 @@ class CKAResult(Result):
         calibrated = ", calibrated" if self.meta.get("calibrated") else ""
         bar = figure.colorbar(image, ax=axes, label=f"CKA{calibrated}", **options)
         if not calibrated:
-            chance.mark(bar, self._to_beat())
-
-    def _to_beat(self) -> float:
-        """The largest chance level of a search over the pairs of two networks; NaN for none."""
-        two = len(self.models) > 1
-        levels = self.null_max_q95[np.triu_indices(len(self.null_max_q95), int(two))]
-        return float(np.nanmax(levels)) if np.isfinite(levels).any() else np.nan
+            chance.mark(bar, chance.to_beat(self.null_max_q95))
 
     def _panel(self, ax: Any, a: int | None, b: int | None) -> Any:
         everything = np.arange(len(self.layers))
@@ -183,15 +175,7 @@ class CKAResult(Result):
         text += f" Unbiased minibatch CKA, batches of {meta['batch_size']}, {meta['precision']}."
         if meta["left_out"]:
             text += f" {meta['left_out']} images in batches under {MIN_BATCH} left out."
-        if meta.get("null"):
-            text += f" Outlined: not above 95 % of {meta['null']} permutations of the images"
-            if meta["null"] < meta["null_asked"]:
-                text += f" (fewer than the {meta['null_asked']} asked for, which would cost much)"
-            text += (
-                f"; line on the colour bar: 95 % of the largest of a pair, {self._to_beat():.3f}."
-            )
-        if meta.get("calibrated"):
-            text += " Shown: (s − τ) / (1 − τ), τ that 95 % quantile of each pair; 0 below."
+        text += chance.caption(meta, self.null_max_q95)
         if np.isnan(self.cka).any():
             text += " Hatched: undefined, the layer does not vary."
         return text
@@ -336,18 +320,50 @@ def measure(
     return measure_one(asked, models, images, Options(**options))
 
 
-class _Pairs(argparse.Action):
+def from_features(
+    features: Any, *, batch_size: int = 32, seed: int | None = 0, pairwise: bool = False
+) -> CKAResult:
+    """CKA between layers whose features were computed before, by vitprobe or by others.
+
+    Args:
+        features: model -> layer -> array (n, ...), or paths; see ``running.features``.
+        batch_size: images per batch, at most.
+        seed: of the order of the images; None takes them as they come.
+        pairwise: as in ``measure``.
+
+    Raises:
+        VitprobeError: features of other images, in another order or number; not finite.
+    """
+    found = summed(features, batch_size, seed, MIN_BATCH)
+    meta, names = (
+        {**found.meta, "analysis": "cka", "pairs": []},
+        [one.name for one in found.sources],
+    )
+    attends = [one.attends for one in found.sources if isinstance(one.attends, bool)]
+    if None not in attends:
+        stages, sums = [one.stages for one in found.sources], vars(found)
+        meta["pairs"] = alike.statistics(names, found.owner, attends, stages, sums)
+    if pairwise:
+        pairs = same_depth.in_pairs(names)[1]
+        same_depth.check_lengths(pairs, names, found.owner)
+        meta["same_depth"] = same_depth.summaries(pairs, found.owner, found.hsic, found.used)
+    errors = jackknife(normalise, found.hsic, found.used)
+    return CKAResult(meta, *errors, found.labels, found.owner)
+
+
+class _Instead(argparse.Action):
     """Models are models, however they were given."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        namespace.pairwise = namespace.models = values
+        setattr(namespace, self.dest, values)
+        namespace.models = [Path(one).stem for one in values] if self.dest == "features" else values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.cka``."""
     parser = cli.parser("cka", __doc__)
     parser.add_argument(
-        "--pairwise", nargs="+", metavar="M", action=_Pairs,
+        "--pairwise", nargs="+", metavar="M", action=_Instead,
         help="in place of --models: models in pairs, A B A2 B2 ..., to be compared at the same "
         "depth; from little to much training data",
     )  # fmt: skip
@@ -359,9 +375,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--calibrated", action="store_true", help="draw (s - t) / (1 - t), t the chance level"
     )
 
+    parser.add_argument("--features", nargs="+", metavar="PATH", action=_Instead,
+        help="in place of --models, --images: folders of `vitprobe extract` or .npz")  # fmt: skip
+
     def from_arguments(args: argparse.Namespace) -> CKAResult:
         given = args.models
         args.models = list(dict.fromkeys(given))  # the file's name has each model once
+        if args.features:
+            return from_features(args.features, batch_size=args.batch_size, seed=args.seed)
         return measure(
             given,
             args.images,

@@ -64,3 +64,22 @@ def quantiles(
             if block.shape[1]:
                 largest[a, b] = largest[b, a] = np.quantile(block.max(1), share)
     return each, largest
+
+
+def to_beat(largest: np.ndarray) -> float:
+    """The largest chance level of a search over the pairs of two networks; NaN for none."""
+    levels = largest[np.triu_indices(len(largest), int(len(largest) > 1))]
+    return float(np.nanmax(levels)) if np.isfinite(levels).any() else np.nan
+
+
+def caption(meta: dict[str, Any], largest: np.ndarray) -> str:
+    """What a caption says of the chance level, where there is one."""
+    if not meta.get("null"):
+        return ""
+    text = f" Outlined: not above 95 % of {meta['null']} permutations of the images"
+    if meta["null"] < meta["null_asked"]:
+        text += f" (fewer than the {meta['null_asked']} asked for, which would cost much)"
+    text += f"; line on the colour bar: 95 % of the largest of a pair, {to_beat(largest):.3f}."
+    if meta.get("calibrated"):
+        text += " Shown: (s − τ) / (1 − τ), τ that 95 % quantile of each pair; 0 below."
+    return text

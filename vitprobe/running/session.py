@@ -71,7 +71,7 @@ class Session:
     ) -> None:
         self.models, self.images, self.options = models, images, options
         self.device = resolve_device(options.device)
-        self.batches = _batches(len(images), options.batch_size, at_least)
+        self.batches = even_batches(len(images), options.batch_size, at_least)
         self.broken: list[str] = []
         self.skipped: list[str] = []
         # For each model, whether it gets its inputs so.
@@ -96,7 +96,7 @@ class Session:
         part = copy.copy(self)
         part.images, part.broken, part.skipped = images, [], []
         part.options = replace(self.options, num_images=None, checkpoint=None)
-        part.batches = _batches(len(images), self.options.batch_size)
+        part.batches = even_batches(len(images), self.options.batch_size)
         part._dataset = TransformedImages(self.models, images)
         return part
 
@@ -320,7 +320,7 @@ def _told(error: Exception, models: list[Model], options: Options) -> VitprobeEr
     return forward_failure(error, [(model.name, model.module) for model in models])
 
 
-def _batches(n: int, batch_size: int, at_least: int = 1) -> list[np.ndarray]:
+def even_batches(n: int, batch_size: int, at_least: int = 1) -> list[np.ndarray]:
     """Positions of each batch, as many in one as in another.
 
     Estimates of a few images are noisy, and sums over batches count every batch alike: 100 images

@@ -1,8 +1,7 @@
 """What one forward pass does: the module calls, the residual additions, the attention.
 
-``record`` watches a single pass closely and says where things are; ``AdditionHooks`` then
-hands the operands of chosen additions to callbacks in any number of later passes.
-Both see operations, not module families, so one code serves every architecture.
+``record`` watches a single pass closely and says where things are; ``AdditionHooks`` then hands
+the operands of chosen additions to callbacks in later passes. Both see operations, not families.
 
 While ``record`` runs, each tensor that depends on the input carries a node: its ancestors
 and what the operation that made it did, from which ``residuals.classify`` tells residual

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,10 @@ def stage(layer: Layer) -> tuple[int, ...]:
 
 
 def statistics(
-    names: list[str],
+    names: Sequence[str],
     owner: np.ndarray,
-    has_attention: list[bool],
-    stages: list[list[tuple[int, ...]]],
+    has_attention: Sequence[bool],
+    stages: Sequence[list[tuple[int, ...]]],
     sums: dict[str, Tensor],
 ) -> list[dict[str, Any]]:
     """What the findings rest on, (value, standard error) each, for every ViT and CNN.
