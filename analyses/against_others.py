@@ -113,7 +113,7 @@ def intermediates(module: str) -> tuple[str, ...]:
     side = smallest_side(name)
     torch.manual_seed(0)
     try:
-        model = timm.create_model(name).eval()
+        model = sized(name, side).eval()
         images = torch.randn(2, *timm.get_pretrained_cfg(name).input_size[:1], side, side)
         taken: list[Tensor] = []
         with torch.no_grad():
@@ -125,6 +125,14 @@ def intermediates(module: str) -> tuple[str, ...]:
         return module, name, "", f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
     found = sum(any(same_map(one, tensor) for tensor in taken) for one in theirs)
     return module, name, str(len(theirs)), str(found)
+
+
+def sized(name: str, side: int) -> torch.nn.Module:
+    """A model for images of a size, told of it where it wants to know."""
+    try:
+        return timm.create_model(name, img_size=side)
+    except TypeError:
+        return timm.create_model(name)
 
 
 def same_map(theirs: Tensor, ours: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitprobe.attention_distance import uniform_distance
-from vitprobe.tracing.attention import map_attention
+from vitprobe.tracing.attention import map_attention, observe
 
 TOKENS, HEADS = 6, 2
 # Tokens see themselves and those at most one before or after.
@@ -114,6 +114,24 @@ def test_masks_however_written(way):
 def test_small_probabilities_are_not_masked(way):
     layer = layer_of(Attending(SEEN[way]))
     assert layer.masked is None or not layer.masked.any()
+
+
+@pytest.mark.parametrize("kind", ["boolean", "float"])
+def test_a_row_that_is_all_hidden_attends_to_nothing(kind):
+    hidden = HIDDEN.clone()
+    hidden[2] = True
+    mask = (
+        ~hidden
+        if kind == "boolean"
+        else torch.zeros(TOKENS, TOKENS).masked_fill(hidden, -torch.inf)
+    )
+    module, images = Attending(fused(attn_mask=mask)).eval(), torch.randn(2, 3, 8, 12)
+    found, rows = map_attention("model", module, images), []
+    with torch.no_grad(), observe(module, found, lambda i, block, *_: rows.append(block.sum(-1))):
+        module(images)
+    expected = torch.ones(2, 1, HEADS, TOKENS)
+    expected[..., 2] = 0
+    torch.testing.assert_close(torch.cat(rows), expected)
 
 
 def test_causal_flag():

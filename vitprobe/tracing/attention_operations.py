@@ -295,4 +295,6 @@ def joined(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Ten
         return scores.softmax(-1)
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
-    return (scores + mask).softmax(-1)
+    probabilities = (scores + mask).softmax(-1)
+    hidden = mask.amax(-1, keepdim=True) == -torch.inf
+    return probabilities.masked_fill(hidden, 0) if hidden.any() else probabilities
