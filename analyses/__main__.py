@@ -20,7 +20,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
@@ -28,15 +27,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import gallery_index  # noqa: E402  (its folder is on the path only now)
-from gallery import FIGURES, Figure  # noqa: E402
+from gallery import FIGURES, Figure, scripts  # noqa: E402
 
 from vitprobe.cli import INTERRUPTED  # noqa: E402
-
-
-def scripts(patterns: Sequence[str] = ()) -> list[str]:
-    """Names of the scripts that draw a figure of a paper, or of those that match a pattern."""
-    found = sorted(path.stem for path in [*HERE.glob("vit_fig*.py"), *HERE.glob("raghu_fig*.py")])
-    return [n for n in found if not patterns or any(fnmatch(n, p) for p in patterns)]
 
 
 def arguments_for(figure: Figure, args: argparse.Namespace) -> list[str]:

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,6 +106,13 @@ class Figure:
             return self.command.main()
         finally:
             sys.argv = before
+
+
+def scripts(patterns: Sequence[str] = ()) -> list[str]:
+    """Names of the scripts that draw a figure of a paper, or of those that match a pattern."""
+    here = Path(__file__).parent
+    found = sorted(path.stem for path in [*here.glob("vit_fig*.py"), *here.glob("raghu_fig*.py")])
+    return [n for n in found if not patterns or any(fnmatch(n, p) for p in patterns)]
 
 
 def deciding(line: Sequence[str]) -> list[str]:

