@@ -111,7 +111,7 @@ class Figure:
 def scripts(patterns: Sequence[str] = ()) -> list[str]:
     """Names of the scripts that draw a figure of a paper, or of those that match a pattern."""
     here = Path(__file__).parent
-    found = sorted(path.stem for path in [*here.glob("vit_fig*.py"), *here.glob("raghu_fig*.py")])
+    found = sorted(path.stem for path in here.glob("*_fig*.py"))
     return [n for n in found if not patterns or any(fnmatch(n, p) for p in patterns)]
 
 

@@ -14,6 +14,19 @@ from vitprobe.results.result import Result, load_result
 # The README shows it.
 QUICK_START = "quick_start"
 
+# What the names of scripts begin with.
+PAPERS = {
+    "Raghu et al. 2021": "raghu_",
+    "Dosovitskiy et al. 2021": "vit_",
+    "Naseer et al. 2021": "naseer_",
+    "Park & Kim 2022": "park2022_",
+    "Park et al. 2023": "park2023_",
+    "Oquab et al. 2023": "oquab_",
+    "Darcet et al. 2024": "darcet_",
+    "Huh et al. 2024": "huh_",
+    "Gröger et al. 2026": "groeger_",
+}
+
 INTRODUCTION = """\
 # Figures
 
@@ -47,7 +60,7 @@ def write(folder: Path, scripts: Sequence[str]) -> Path:
     results = _results(folder)
     mine = [name for name in scripts if name in results]
     parts = [INTRODUCTION]
-    for paper, start in (("Raghu et al. 2021", "raghu_"), ("Dosovitskiy et al. 2021", "vit_")):
+    for paper, start in PAPERS.items():
         drawn = [_entry(folder, n, results[n]) for n in mine if n.startswith(start)]
         parts += [f"## {paper}\n", *drawn] if drawn else []
     others = [_entry(folder, n, r) for n, r in results.items() if n not in (*mine, QUICK_START)]
@@ -74,7 +87,8 @@ def _entry(folder: Path, name: str, result: Result) -> str:
     lines = [f"### {title}\n"]
     if (folder / f"{name}.png").is_file():
         lines.append(f"![{title}]({name}.png)\n")
-    script = f"`python analyses/{name}.py`, that is " if name.startswith(("raghu_", "vit_")) else ""
+    drawn = name.startswith(tuple(PAPERS.values()))
+    script = f"`python analyses/{name}.py`, that is " if drawn else ""
     lines.append(f"{script}`{command_of(result)}`\n")
     lines += [
         f"- **{one.verdict}**: {one.claim} ({one.source}): {one.numbers}."

@@ -15,13 +15,15 @@ from vitprobe.results import drawing
 
 ROOT = Path(__file__).parents[1]
 ANALYSES, FIGURES = ROOT / "analyses", ROOT / "figures"
-SCRIPTS = sorted(p.stem for p in [*ANALYSES.glob("raghu_fig*.py"), *ANALYSES.glob("vit_fig*.py")])
+SCRIPTS = sorted(path.stem for path in ANALYSES.glob("*_fig*.py"))
 # What makes each command quick; the pictures' number is every other's.
 TINY = {
     "receptive_field": ["--num-images", "2", "--channels", "1", "--layers", "blocks"],
     "linear_probe": ["--num-images", "20", "--shots", "2", "--draws", "1"],
     "position_embedding": [],
     "patch_embedding": [],
+    "neighbours": ["--num-images", "12", "--null", "2"],
+    "occlusion": ["--num-images", "8", "--levels", "0.5", "--shuffle", "2"],
 }
 OTHERS = ["--num-images", "8", "--batch-size", "4"]
 

@@ -104,8 +104,7 @@ class AttentionStatisticsResult(Result):
             self._masses(mass)
             entropy.set_ylim(-0.02, 1.04)
             nmi.set_ylim(-0.02, max(0.1, 1.1 * float(np.nanmax(self.nmi))))
-            handles, labels = nmi.get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper center", ncols=4)
+            entropy.legend(loc="lower left")
             drawing.caption(figure, self._caption())
             return figure
 

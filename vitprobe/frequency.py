@@ -157,7 +157,7 @@ class FrequencyResult(Result):
                 if kind in self.kind
             ]
             if shades:
-                figure.legend(handles=shades, loc="outside upper right", ncols=3)
+                axes[0, 0].legend(handles=shades, loc="lower left", fontsize=6.5)
             drawing.caption(figure, self._caption())
             return figure
 

@@ -102,8 +102,7 @@ class OcclusionResult(Result):
             for line, what in zip(axes, rows):
                 for one, side in zip(line, sides):
                     self._lines(one, what, *side)
-            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center",
-                          ncols=3)  # fmt: skip
+            axes[0, 0].legend()
             drawing.caption(figure, self._caption())
             return figure
 
