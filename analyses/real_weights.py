@@ -53,7 +53,8 @@ class Real(NamedTuple):
 
     @property
     def stem(self) -> str:
-        return f"{self.measurement}_vit_s14_saliency" + "_efficientnet_lite0" * (CNN in self.models)
+        vit, cnn = (one in self.models for one in (VIT, CNN))
+        return self.measurement + "_vit_s14_saliency" * vit + "_efficientnet_lite0" * cnn
 
 
 REAL = (
@@ -77,6 +78,19 @@ REAL = (
          f"CKA in {VIT} with the skips of a block removed at test time (Raghu Figure 8)"),
     Real("skip_ratio", BOTH, [*PHOTOGRAPHS, "--num-images", "512"],
          f"Skips and branches of {VIT} and {CNN} (Raghu Figures 7, E.1, E.2)"),
+    # Those that show the images show the bundled ones: the photographs are not for passing on.
+    Real("token_norms", BOTH, ["--num-images", "128"],
+         f"Norms of the tokens of {VIT} and {CNN} (Darcet Figure 4)"),
+    Real("attention_statistics", [VIT], [*PHOTOGRAPHS, "--num-images", "256"],
+         f"Entropy and mutual information of the attention of {VIT} (Park 2023 Figure 3)"),
+    Real("frequency", BOTH, [*PHOTOGRAPHS, "--num-images", "256"],
+         f"Frequencies and variance of the maps of {VIT} and {CNN} (Park & Kim Figures 8, 9)"),
+    Real("neighbours", BOTH, [*PHOTOGRAPHS, "--num-images", "512"],
+         f"Common neighbours of images in {VIT} and {CNN} (Huh et al.)"),
+    Real("patch_pca", BOTH, [],
+         f"Principal components of the patches of {VIT} and {CNN} (Oquab Figure 1)"),
+    Real("occlusion", [CNN], [*PHOTOGRAPHS, "--num-images", "256"],
+         f"{CNN} on dropped and shuffled photographs (Naseer Figures 2 and 8)"),
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def test_what_is_not_there_is_left_out_with_a_line(script, tmp_path, capsys):
     assert "nothing is drawn" in capsys.readouterr().out
     assert script.main([str(tmp_path), "--out", str(out)]) == 0
     told = capsys.readouterr().out
-    assert told.count("left out, as") == len(script.REAL) == 11
+    assert told.count("left out, as") == len(script.REAL) == 17
     assert not list(out.glob("real/*"))
 
 
@@ -45,7 +45,7 @@ def test_figures_and_their_meta_say_what_the_networks_are(script, tmp_path, caps
         tmp_path / "tf_efficientnet_lite0.safetensors",
     )
     out = tmp_path / "figures"
-    assert script.main([str(tmp_path), "patch*", "--out", str(out)]) == 0
+    assert script.main([str(tmp_path), "patch_embedding*", "--out", str(out)]) == 0
     assert f"real/{STEM}.png" in capsys.readouterr().out
     result = load_result(out / "real" / f"{STEM}.npz")
     assert result.models == ["ViT-S/14 (saliency)", "EfficientNet-Lite0"]
