@@ -121,3 +121,17 @@ def test_a_block_without_skips_passes_on_its_branch_alone():
     assert set(module.state_dict()) == before
     with pytest.raises(ValueError, match="no block 2: expected 0 to 1"):
         data.without_skips(module, 2)
+
+
+def test_images_are_augmented_by_the_seed(family, tmp_path, monkeypatch):
+    drawn = {}
+
+    def augment(images, generator, flip):
+        drawn.setdefault(seed, []).append(generator.random())
+        return images
+
+    augment.__doc__ = family.augment.__doc__
+    monkeypatch.setattr(family, "augment", augment)
+    for seed in (0, 1):
+        run(family, tmp_path / str(seed), "net", "--seed", str(seed), "--stop-after", "2")
+    assert len({*drawn[0], *drawn[1]}) == 4
