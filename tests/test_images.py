@@ -178,10 +178,10 @@ def test_what_is_no_source_of_images_gets_one_line():
     for source, message in [
         (loader, r"give its dataset \(loader.dataset\)"),
         ([], "no images in a list"),
-        ([torch.zeros(4)], r"no image: a tensor of torch.float32 \(4,\)"),
-        ([{"text": 1}], "no image: a dict with text, without 'image'"),
-        ([np.zeros((4, 4))], r"no image: an array of float64 \(4, 4\), not uint8"),
-        ([3], "no image: a int"),
+        ([torch.zeros(4)], r"not an image: a tensor of torch.float32 \(4,\)"),
+        ([{"text": 1}], "not an image: a dict with text, without 'image'"),
+        ([np.zeros((4, 4))], r"not an image: an array of float64 \(4, 4\), not uint8"),
+        ([3], "not an image: a int"),
         ({"a": 1}, "cannot be taken from a dict"),
         (iter([]), "cannot be taken from a list_iterator"),
     ]:

@@ -178,7 +178,7 @@ def test_small_batches_are_left_out_of_those_that_they_are_too_small_for(images)
 
 
 def test_wrong_names_and_options_are_one_line(images):
-    with pytest.raises(VitprobeError, match=r"no measurement 'ckaa'.* cka"):
+    with pytest.raises(VitprobeError, match=r"No such measurement: 'ckaa'.* cka"):
         measure_all(["ckaa"], models(), images)
     with pytest.raises(VitprobeError, match=r"no option 'layer'.* layers"):
         measure_all(["cka"], models(), images, layer="blocks")

@@ -19,7 +19,9 @@ from vitprobe.statistics.hsic import biased_cka, cka, gram, hsic, normalise
 from vitprobe.statistics.ridge import PENALTIES, ridge
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import map_layers
-from vitprobe.tracing.theoretical_field import Span, _key, _Watch
+from vitprobe.tracing.observing import observing
+from vitprobe.tracing.reaches import put_reach, reach_of
+from vitprobe.tracing.theoretical_field import _pixels, _Reaching
 
 
 @pytest.fixture(autouse=True)
@@ -205,22 +207,32 @@ def test_published_sizes_strides_and_paddings_of_receptive_fields(name):
     with torch.device("meta"):
         module = make().eval()
     module = module.to_empty(device="cpu")
-    example = torch.zeros(1, 3, 96, 96)
-    watch, found = _Watch(example), {}
+    side, found = 128, {}
 
     def keep(part):
         def hook(_, given, out):
-            found[part] = watch.known.get(_key(out))
+            reach = reach_of(out)
+            if reach is None or getattr(out, "ndim", 0) != 4:
+                return
+            # First and last row that each row of the map can depend on.
+            found[part] = [(sign * bound.amax((0, 1, 3))).tolist()
+                           for sign, bound in zip((-1, 1), reach)]  # fmt: skip
 
         return hook
 
     for part, child in module.named_modules():
         child.register_forward_hook(keep(part))
-    with torch.no_grad(), watch:
-        module(example)
+    inputs = torch.zeros(1, 3, side, side)
+    put_reach(inputs, _pixels(inputs))
+    with torch.no_grad(), observing(module, _Reaching((side, side))):
+        module(inputs)
     rows = [row.split() for line in table.strip().splitlines() for row in line.split("|")]
     assert len(rows) > 10
-    for part, size, stride, padding in rows:
-        reach = found[part]
-        low, high = -int(padding), int(size) - int(padding) - 1
-        assert reach.rows == reach.columns == Span(int(stride), low, high), part
+    for part, *numbers in rows:
+        size, stride, padding = map(int, numbers)
+        starts = [stride * row - padding for row in range(len(found[part][0]))]
+        # The image ends what would look beyond it, or strides that leave out its last rows.
+        end = found[part][1][-1]
+        first = [max(0, start) for start in starts]
+        last = [min(end, start + size - 1) for start in starts]
+        assert found[part] == [first, last], part
