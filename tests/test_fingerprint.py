@@ -5,6 +5,7 @@ added; what must be among them is changed in the run, one after the other.
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,10 +86,14 @@ def test_every_option_that_decides_gives_another_key(folder):
     assert key(folder, net(seed=1)) != base
 
 
-def test_the_kind_of_device_is_a_fact(folder):
+def test_every_fact_counts_on_the_same_images(folder):
+    """Another seed draws other images, which alone would be another run."""
     with session(net(), folder, Options(**OPTIONS)) as ready:
-        before = ready.fingerprint()
-        ready.device = torch.device("meta")
+        before, options = ready.fingerprint(), ready.options
+        for changed in ({"seed": 1}, {"precision": "bf16"}, {"batch_size": 3}):
+            ready.options = replace(options, **changed)
+            assert ready.fingerprint() != before, changed
+        ready.options, ready.device = options, torch.device("meta")
         assert ready.fingerprint() != before
 
 
