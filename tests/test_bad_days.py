@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data._utils import signal_handling
 
 from vitprobe import VitprobeError, attention_distance, cka, open_images, wrap
 from vitprobe.images import decoding as pictures
@@ -374,6 +376,13 @@ def test_a_decoding_process_that_the_system_ends_is_one_line(tmp_path):
     ):
         cka.measure(model, pictures, batch_size=4, layers="net.*", workers=1, save_every=0.0,
                     checkpoint=tmp_path / "s")  # fmt: skip
+    # torch tells of each ended process once, be it in the middle of the next test.
+    for _ in range(20):
+        try:
+            signal_handling._error_if_any_worker_fails()
+        except RuntimeError:
+            break
+        time.sleep(0.05)
 
 
 def test_ctrl_c_while_the_result_is_drawn_loses_nothing(pictures, tmp_path, monkeypatch, capsys):
