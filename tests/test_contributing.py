@@ -97,5 +97,6 @@ def test_it_resumes_after_a_kill_and_shares_its_batches(mean_norm, folder, tmp_p
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     found, whole = (vitprobe.load_result(tmp_path / f"{name}.npz") for name in ("n", "whole"))
-    np.testing.assert_allclose(found.norm, whole.norm, rtol=1e-12)
+    # Processes of one thread each: another number of threads may change float32's last digits.
+    np.testing.assert_allclose(found.norm, whole.norm, rtol=1e-6)
     assert found.meta["n"] == whole.meta["n"] == 12
