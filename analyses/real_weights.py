@@ -1,7 +1,7 @@
 """Draw figures/real/: trained networks of natural images, on photographs.
 
     python analyses/real_weights.py DIR                    # all of them
-    python analyses/real_weights.py DIR 'cka_*' --out /tmp/figures
+    python analyses/real_weights.py DIR 'cka_*' --out FOLDER
 
 DIR holds weights and images that are no part of the project; a figure whose files are not there
 is left out with a line. ViT-S/14 (saliency) is the encoder of the saliency network in the package
