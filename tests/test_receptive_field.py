@@ -11,10 +11,9 @@ import torch
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from vitprobe import receptive_field
-from vitprobe.errors import NotApplicable, VitprobeError
+from vitprobe.errors import VitprobeError
 from vitprobe.images.sources import open_images
 from vitprobe.models.loading import wrap
 from vitprobe.results.result import load_result
@@ -271,91 +270,6 @@ def test_each_image_is_differentiated_in_its_own_channel():
         jacobian = torch.autograd.functional.jacobian(lambda x: net(x)[0, :, 3, 3], x[image][None])
         expected += jacobian[drawn[position], 0].abs().mean((0, 1)) / 5
     np.testing.assert_allclose(result.gradient[0], expected, rtol=1e-5, atol=1e-9)
-
-
-class Frozen(nn.Module):
-    """A backbone without gradients, in one of several ways, and a head."""
-
-    def __init__(self, way):
-        super().__init__()
-        self.way = way
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1), nn.ReLU())
-            for i in range(3)
-        )
-
-    def forward(self, x):
-        if self.way == "no_grad":
-            with torch.no_grad():
-                x = self.blocks[0](x)
-        elif self.way == "inference_mode":
-            with torch.inference_mode():
-                x = self.blocks[0](x)
-            x = x.clone()
-        else:
-            x = self.blocks[0](x)
-        if self.way == "detach":
-            x = x.detach()
-        if self.way == "own leaf":
-            x = x.detach().requires_grad_()
-        if self.way == "rewritten":
-            y = x.exp()
-            x = y.add_(1)
-        return self.blocks[2](self.blocks[1](x))
-
-
-@pytest.mark.parametrize(
-    "way, reason",
-    [
-        ("no_grad", r"layer blocks\.0 of Frozen .* it runs under torch\.no_grad\(\)"),
-        ("inference_mode", r"layer blocks\.0 of Frozen .* under torch\.inference_mode\(\)"),
-        ("rewritten", r"Frozen cannot be differentiated: .* modified by an inplace operation"),
-    ],
-)
-def test_why_no_gradient_can_flow(way, reason):
-    x = torch.randn(4, 3, 8, 8)
-    with pytest.raises(NotApplicable, match=reason):
-        receptive_field.measure(Frozen(way), x, layers=["blocks.0", "blocks.2"])
-
-
-@pytest.mark.parametrize("way", ["detach", "own leaf"])
-def test_layers_without_a_gradient_are_left_out_and_named(way, capsys):
-    net, x = Frozen(way), torch.randn(4, 3, 8, 8)
-    result = receptive_field.measure(net, x, layers="blocks", channels="all")
-    plain = receptive_field.measure(net.blocks[0], x, layers=["1"], channels="all")
-    assert result.layers.tolist() == ["blocks.0"]
-    np.testing.assert_allclose(result.gradient[0], plain.gradient[0], rtol=1e-5, atol=1e-9)
-    assert "layer blocks.1 of Frozen to the image: something before it is detached" in (
-        capsys.readouterr().err
-    )
-    assert "No gradient in Frozen: 2 layers, the first blocks.1" in result._caption()
-    with pytest.raises(NotApplicable, match=r"layer blocks\.2 of Frozen"):
-        receptive_field.measure(net, x, layers=["blocks.2"])
-
-
-class Recomputed(nn.Module):
-    """Blocks that are computed again for their gradients."""
-
-    def __init__(self, recompute):
-        super().__init__()
-        torch.manual_seed(0)
-        self.recompute = recompute
-        self.blocks = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=True) if self.recompute else block(x)
-        return x
-
-
-def test_recomputed_blocks_have_the_plain_gradients():
-    x = torch.randn(3, 3, 8, 8)
-    fields = [
-        receptive_field.measure(Recomputed(again), x, layers=["blocks.*"], channels="all").gradient
-        for again in (False, True)
-    ]
-    assert fields[0].any()
-    np.testing.assert_array_equal(*fields)
 
 
 def test_pieces_of_a_batch_as_memory_allows_give_the_same(monkeypatch):

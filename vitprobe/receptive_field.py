@@ -39,6 +39,7 @@ from vitprobe.results import drawing, field_figure
 from vitprobe.results.result import Finding, Result, Text, plain
 from vitprobe.running import processes
 from vitprobe.running.centre_plans import failed, no_gradient, plan_of
+from vitprobe.running.heap import kept_for_reuse
 from vitprobe.running.measurement import Measurement, Watch
 from vitprobe.running.options import Options
 from vitprobe.running.passes import measure_one
@@ -228,7 +229,7 @@ class _Watch(Watch):
             leave=False,
             position=1,
         )
-        with frozen(self.modules), progress:
+        with frozen(self.modules), kept_for_reuse(), progress:
             for m, plan in enumerate(self.plans):
                 for start in range(0, len(batch), plan.at_once):
                     piece = slice(start, start + plan.at_once)

@@ -16,10 +16,9 @@ figure. Standard errors by the jackknife over batches.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,11 +36,10 @@ from vitprobe.running.options import Options, option
 from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknife, normalise
-from vitprobe.tracing.ablation import block_names, choose_blocks
+from vitprobe.tracing.ablation import WithoutSkips, block_names, choose_blocks
 from vitprobe.tracing.ablation import sides as sides_of
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import Layer, LayerMap
-from vitprobe.tracing.trace import AdditionHooks
 
 MARK = drawing.COLOURS[5]
 # Four passes of every model over the bundled scenes stay under a minute on two cores.
@@ -239,45 +237,52 @@ class _Watch(Watch):
         sums = ready.sums(hsic=(groups, len(self.panels), self.size, self.size))
         super().__init__(ready, sums, {"panels": facts})
         self._grams: dict[int, list[Tensor]] = {}
+        self._without = {
+            p: WithoutSkips(
+                ready.models[panel.model].module, panel.found, panel.block, panel.layers,
+                ready.example()[panel.model], ready.autocast,
+            )
+            for p, panel in enumerate(self.panels) if panel.removes
+        }  # fmt: skip
 
     def watching(self, m: int, batch: Batch) -> Any:
-        stack = ExitStack()
+        stack, model = ExitStack(), self.ready.models[m]
         for p, panel in enumerate(self.panels):
-            if panel.model == m and not panel.removes:
-                stack.enter_context(self._capture(p, partial(batch.gram, self.ready.models[m])))
+            if panel.model == m and panel.removes:
+                stack.enter_context(self._without[p].keeping())
+            elif panel.model == m:
+                grams = self._grams[p] = [torch.empty(0)] * len(panel.layers)
+
+                def reduce(i: int, tensor: Tensor, p: int = p, grams: Any = grams) -> None:
+                    grams[i] = batch.gram(model, self.panels[p].layers[i], tensor)
+
+                stack.enter_context(capture(model.module, panel.layers, reduce))
         return stack
 
-    def _capture(self, p: int, gram_of: Callable[[Layer, Tensor], Tensor]) -> Any:
-        layers = self.panels[p].layers
-        grams = self._grams[p] = [torch.empty(0)] * len(layers)
+    def _remove(self, p: int, batch: Batch) -> None:
+        """Grams of a panel in a pass of its own; those before the block are the intact model's."""
+        panel, without = self.panels[p], self._without[p]
+        grams = self._grams[p] = list(self._grams[panel.base])
 
         def reduce(i: int, tensor: Tensor) -> None:
-            grams[i] = gram_of(layers[i], tensor)
+            grams[without.start + i] = gram(tensor)
 
-        return capture(self.ready.models[self.panels[p].model].module, layers, reduce)
+        with without.capture(reduce):
+            self.ready.forward(panel.model, batch)
 
     def end(self, batch: Batch) -> None:
         for p, panel in enumerate(self.panels):
             model = self.ready.models[panel.model]
             if panel.removes:
-                branch = {
-                    addition: lambda skip, branch: branch
-                    for addition in panel.found.trace.additions
-                    if addition.module == panel.block
-                }
-                # Outside the capture, which then sees what stands in for the sums.
-                with (
-                    AdditionHooks(model.module, before=branch),
-                    self._capture(p, lambda _, tensor: gram(tensor)),
-                ):
-                    self.ready.forward(panel.model, batch)
-            grams = torch.stack(self._grams.pop(p))
+                self._remove(p, batch)
+            grams = torch.stack(self._grams[p])
             where = f" without the skips of {panel.block}" if panel.block else ""
             for i in (~torch.isfinite(grams).all((1, 2))).nonzero().flatten().tolist():
                 named = replace(model, name=model.name + where)
                 check_finite(False, panel.layers[i].label, named)
             value = hsic(grams)
             self.sums["hsic"][self.group(batch), p, : len(value), : len(value)] += value
+        self._grams.clear()
 
     def result(self, meta: dict[str, Any]) -> SkipAblationResult:
         meta["trained_without"] = self.trained

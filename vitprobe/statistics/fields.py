@@ -19,10 +19,15 @@ BORDER_CELLS = 14
 
 def area(gradient: Tensor, share: float) -> Tensor:
     """Smallest fraction of the pixels (..., H, W) that holds a share of the mass; NaN for none."""
+    return areas(gradient, [share])[0]
+
+
+def areas(gradient: Tensor, shares: Sequence[float] = SHARES) -> list[Tensor]:
+    """``area`` for several shares, sorted once."""
     mass = gradient.flatten(-2).sort(-1, descending=True).values.cumsum(-1)
-    needed = (mass < share * mass[..., -1:]).sum(-1) + 1
-    fraction = needed.double() / mass.shape[-1]
-    return fraction.where(mass[..., -1] > 0, torch.nan)
+    needed = [(mass < share * mass[..., -1:]).sum(-1) + 1 for share in shares]
+    fractions = [one.double() / mass.shape[-1] for one in needed]
+    return [one.where(mass[..., -1] > 0, torch.nan) for one in fractions]
 
 
 def centre_cell(gradient: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -120,12 +125,12 @@ def summarise(
         field = (table[:, :-1] / table[:, -1:]).unflatten(1, side)
         cells = [centre_cell(one, grid) for one, grid in zip(field, grids)]
         centre = torch.stack([share for share, _ in cells])
-        areas = [area(field, share) for share in SHARES]
-        wide = areas[-1]
+        held = areas(field)
+        wide = held[-1]
         less = [centre[i + 1] - centre[i] for i in attention] or [centre.new_tensor(torch.nan)]
         trends = [wide[:third].mean(), wide[middle], wide[-third:].mean(), cells[middle][1],
                   torch.stack(less).mean()]  # fmt: skip
-        return torch.cat([field.flatten(), *areas, centre, torch.stack(trends)])
+        return torch.cat([field.flatten(), *held, centre, torch.stack(trends)])
 
     used = (groups[..., -1] > 0).any(1)
     value, error = jackknife(statistic, groups, used)

@@ -1,10 +1,17 @@
-"""Blocks that can lose their skips, and which layers stand before and after them."""
+"""Blocks that can lose their skips, passes without them, and what stands before and after them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
 
 from vitprobe.errors import NotApplicable, VitprobeError, nearest
+from vitprobe.tracing.additions import Addition, AdditionHooks
+from vitprobe.tracing.beginning import Kept, beginning_there, find_beginning, keeping
+from vitprobe.tracing.capture import Reduce, capture
 from vitprobe.tracing.layers import Layer, LayerMap
 
 # The paper's blocks 1, 7 and 10 of 12, as fractions of the depth.
@@ -46,3 +53,59 @@ def sides(found: LayerMap, layers: list[Layer], block: str) -> list[int]:
     sums = [a.started for a in found.trace.additions if a.module == block]
     output = max(sums, default=call.finished)
     return [0 if la.time <= call.started else 2 if la.time >= output else 1 for la in layers]
+
+
+class WithoutSkips:
+    """Passes in which every residual addition of a block gives its branch alone.
+
+    What stands before the block does not know of it: only layers from the block on are looked at,
+    and where the model allows it the pass begins there, with what an intact pass has left.
+
+    Attributes:
+        start: how many of the layers stand before the block.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        found: LayerMap,
+        block: str,
+        layers: list[Layer],
+        example: Tensor,
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._module = module
+        self._additions = [a for a in found.trace.additions if a.module == block]
+        self.start = sides(found, layers, block).count(0)
+        self._layers = layers[self.start :]
+        self._beginning = find_beginning(
+            module, found, block, self._layers, self._hooks, example, context
+        )
+        self._kept = Kept()
+
+    def _hooks(self, counted: Callable[[Addition], Addition]) -> AdditionHooks:
+        before = {counted(one): lambda skip, branch: branch for one in self._additions}
+        return AdditionHooks(self._module, before=before)
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """Around an intact pass of the same images, which comes first."""
+        self._kept = Kept()
+        if self._beginning is None:
+            return nullcontext()
+        return keeping(self._module, self._beginning, self._kept)
+
+    @contextmanager
+    def capture(self, reduce: Reduce) -> Iterator[None]:
+        """Within it, a pass hands its layers from the block on to ``reduce``, from 0."""
+        with ExitStack() as stack:
+            layers, beginning = self._layers, self._beginning
+            if beginning is None:
+                hooks = self._hooks(lambda addition: addition)
+            else:
+                layers, hooks = beginning.layers(layers), self._hooks(beginning.counted)
+                stack.enter_context(beginning_there(self._module, beginning, self._kept))
+            # Outside the capture, which then sees what stands in for the sums.
+            stack.enter_context(hooks)
+            stack.enter_context(capture(self._module, layers, reduce))
+            yield
+        self._kept = Kept()

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import Layer
@@ -101,6 +104,58 @@ def _kept_graphs() -> Iterator[None]:
         module.CheckpointFunction = before
 
 
+class _FixedStatistics(torch.autograd.Function):
+    """``batch_norm`` with running statistics; its gradient is a product with a constant.
+
+    The backward pass of the operation itself is made for statistics of the batch and several times
+    slower.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+        return functional.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, var, weight, _, eps = inputs
+        scale = (var + eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        ctx.save_for_backward(scale.to(x.dtype).view(-1, *[1] * (x.ndim - 2)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (scale,) = ctx.saved_tensors
+        return gradients[0] * scale, None, None, None, None, None
+
+
+class FastNorms(TorchFunctionMode):
+    """Within it, norms with running statistics that ask for no gradient have a fast backward."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is functional.batch_norm:
+            asked = _BATCH_NORM.bind(*args, **kwargs)
+            asked.apply_defaults()
+            given = asked.arguments
+            x, *rest = (given[name] for name in _OPERANDS)
+            fixed = not given["training"] and all(one is None or _constant(one) for one in rest)
+            if fixed and rest[0] is not None and rest[1] is not None and x.ndim > 1:
+                return _FixedStatistics.apply(x, *rest, given["eps"])
+        return function(*args, **kwargs)
+
+
+_BATCH_NORM = signature(functional.batch_norm)
+_OPERANDS = ("input", "running_mean", "running_var", "weight", "bias")
+
+
+def _constant(tensor: Tensor) -> bool:
+    return not tensor.requires_grad
+
+
 @dataclass(frozen=True)
 class Centre:
     """What stands at the centre of a site in a pass.
@@ -151,6 +206,7 @@ def centres(
         layers = [sites[i].layer for i in whole]
         stack.enter_context(capture(module, layers, lambda j, tensor: take(whole[j], tensor)))
         stack.enter_context(_kept_graphs())
+        stack.enter_context(FastNorms())
         stack.enter_context(context())
         # A copy, since a leaf must not be changed in place, as some models change their input.
         module(inputs.clone())
