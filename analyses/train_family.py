@@ -1,20 +1,18 @@
 """Train, ship and evaluate the small networks that vitprobe brings along.
 
-    python analyses/train_family.py vit_small_box --out runs           # train, or go on training
+    python analyses/train_family.py vit_small_box --out runs           # train, or resume training
     python analyses/train_family.py vit_small_box --out runs --export  # and write the shipped files
+    python analyses/train_family.py --all --out runs --export          # every network, one by one
     python analyses/train_family.py --evaluate vit_small_box resnet_box
     python analyses/train_family.py my_vit --data cifar10-train.tar.gz --out runs
 
-The ViT that averages its tokens starts from one with a class token, part of its way:
+A ViT of the family is trained in two stages: on images of which three in four patches are left out
+(``--pretrain masked``), without labels, then on labels. A ResNet is trained on labels alone.
+``--start-from`` begins with the weights of another ViT instead.
 
-    python analyses/train_family.py vit_small_box --out begun --stop-after 1500
-    python analyses/train_family.py vit_gap_box --start-from begun/vit_small_box/checkpoint.pt
-
-and one without the skips of a block from the shipped one with all skips.
-
-Every picture of the stream of digit scenes is seen once; ``--train-size N`` keeps to its first N.
-A name of the family sets the options' defaults (MEMBERS).  The last weights are taken, whatever the
-curve says: nothing is selected on the test scenes.
+Every image of the stream of digit scenes is seen once in a stage; ``--train-size N`` keeps both
+stages to its first N. A name of the family sets the options' defaults (MEMBERS), with a seed of its
+own. The last weights are taken, whatever the curve says: nothing is selected on the test scenes.
 """
 
 from __future__ import annotations
@@ -23,18 +21,26 @@ import argparse
 import hashlib
 import json
 import math
-import os
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm.layers
 import torch
+from masked_images import BETAS as MASKED_BETAS
+from masked_images import (
+    DEPTH,
+    HEADS,
+    MASKED,
+    WIDTH,
+    Decoder,
+    masked_loss,
+    masked_test_loss,
+    masking,
+)
 from safetensors.torch import save
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from training_pictures import (
     MEAN,
     SIDE_PX,
@@ -45,30 +51,35 @@ from training_pictures import (
     augment,
     normalised,
 )
+from training_stages import Stage, run, write_whole
 
 from vitprobe import data
 from vitprobe.data.scenes import scenes
 
-VIT_PICTURES, RESNET_PICTURES = 320_000, 80_000
-# The scenes vary by themselves. Varied further, the ViT had 32 % right after 80,000 pictures;
-# without, 62 %.
-_VIT: dict[str, Any] = {"model": "vit", "pictures_seen": VIT_PICTURES, "augment": False}
-# From random weights it was still at chance after 96,000 pictures: a block without skips begins by
-# giving all tokens their mean.
-_SKIPLESS = _VIT | {"start_from": "vit_small_box", "pictures_seen": 160_000}
+# Images without labels, images with labels: a ViT's, and a ResNet's with labels.
+MASKED_PICTURES, VIT_PICTURES, RESNET_PICTURES = 316_672, 100_000, 80_000
+# The scenes vary by themselves. Varied further, a ViT trained on labels alone had 32 % right after
+# 80,000 images; without, 62 %.
+_VIT: dict[str, Any] = {
+    "model": "vit",
+    "pretrain": "masked",
+    "pictures_seen": VIT_PICTURES,
+    "learning_rate": 7e-4,
+    "augment": False,
+}
 _RESNET: dict[str, Any] = {"model": "resnet", "pictures_seen": RESNET_PICTURES}
+# In the order in which --all trains them. No two begin with the same weights.
 MEMBERS: dict[str, dict[str, Any]] = {
-    "vit_small_box": _VIT,
-    # From random weights it was still at chance after 64,000 pictures: see --start-from.
-    "vit_gap_box": _VIT | {"pool": "gap", "pictures_seen": 160_000},
-    "resnet_box": _RESNET,
-    "vit_small_box_10pct": _VIT | {"train_size": VIT_PICTURES // 10},
-    "vit_small_box_1pct": _VIT | {"train_size": VIT_PICTURES // 100},
-    "resnet_box_10pct": _RESNET | {"train_size": RESNET_PICTURES // 10},
-    "resnet_box_1pct": _RESNET | {"train_size": RESNET_PICTURES // 100},
-    **{f"vit_small_box_noskip{block}": _SKIPLESS | {"no_skip": block} for block in range(6)},
-    "vit_large_box": _VIT | {"size": "large"},
-    "vit_large_box_10pct": _VIT | {"size": "large", "train_size": VIT_PICTURES // 10},
+    "vit_small_box": _VIT | {"seed": 1},
+    "vit_gap_box": _VIT | {"seed": 2, "pool": "gap"},
+    "vit_small_box_10pct": _VIT | {"seed": 3, "train_size": VIT_PICTURES // 10},
+    "resnet_box": _RESNET | {"seed": 4},
+    "resnet_box_10pct": _RESNET | {"seed": 5, "train_size": RESNET_PICTURES // 10},
+    "vit_small_box_noskip3": _VIT | {"seed": 6, "no_skip": 3},
+    "vit_small_box_noskip1": _VIT | {"seed": 7, "no_skip": 1},
+    "vit_small_box_noskip5": _VIT | {"seed": 8, "no_skip": 5},
+    "vit_small_box_1pct": _VIT | {"seed": 9, "train_size": VIT_PICTURES // 100},
+    "resnet_box_1pct": _RESNET | {"seed": 10, "train_size": RESNET_PICTURES // 100},
 }
 SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("vit", "tiny"): {"embed_dim": 16, "depth": 2, "num_heads": 4},
@@ -78,6 +89,7 @@ SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("resnet", "small"): {"channels": [32, 64, 128, 256], "stem_width": 16},
 }
 TEST_PICTURES = 10_000
+BETAS = (0.9, 0.98)
 
 
 def describe(name: str, options: argparse.Namespace, pictures: SceneStream | ClassFolders) -> dict:
@@ -89,9 +101,9 @@ def describe(name: str, options: argparse.Namespace, pictures: SceneStream | Cla
     if options.model == "vit":
         card["timm_model"] = "vit_base_patch16_224"
         kwargs |= {"img_size": SIDE_PX, "patch_size": 4}
-        # Beside timm's 0.02 a patch's embedding drowns its place: 17 % right after 33,000 pictures,
-        # with 0.2 28 %.  Random all the same: what structure the table has, it has learned.
-        card["position_init_std"] = 0.2
+        # On labels alone a patch's embedding drowns its place beside timm's 0.02: 17 % right after
+        # 33,000 images, with 0.2 28 %.  Masked images teach places by themselves.
+        card["position_init_std"] = 0.02 if options.pretrain else 0.2
         if options.pool == "gap":
             kwargs |= {"class_token": False, "global_pool": "avg"}
     else:
@@ -100,28 +112,55 @@ def describe(name: str, options: argparse.Namespace, pictures: SceneStream | Cla
     card["timm_kwargs"] = kwargs
     if options.no_skip is not None:
         card["no_skip_block"] = options.no_skip
-    augmentation = augment.__doc__.split(", for")[0]
-    augmentation += ", left-right flip" if pictures.flip else ""
-    return card | {
+    common = {
+        "pictures": pictures.description,
+        "distinct_pictures": options.train_size or "as many as seen",
+        "schedule": "linear warm-up over a twentieth of the steps, then a cosine to 0",
+        "weight_decay": options.weight_decay,
+        "precision": options.precision,
+        "augmentation": augmentation(pictures) if options.augment else "none",
+    }
+    card |= {
         "mean": MEAN,
         "std": STD,
         "input_size": [3, SIDE_PX, SIDE_PX],
         "classes": list(pictures.classes),
-        "recipe": {
-            "pictures": pictures.description,
-            "distinct_pictures": options.train_size or "as many as seen",
-            "start": started(options),
-            "optimizer": "AdamW, betas 0.9 and 0.98, gradient norm clipped to 1",
-            "schedule": "linear warm-up over a twentieth of the steps, then a cosine to 0",
-            "learning_rate": options.learning_rate,
-            "weight_decay": options.weight_decay,
-            "batch_size": options.batch_size,
-            "precision": options.precision,
-            "augmentation": augmentation if options.augment else "none",
-        },
-        "pictures_seen": options.pictures_seen // options.batch_size * options.batch_size,
         "seed": options.seed,
     }
+    if options.pretrain:
+        card["pretraining"] = common | {
+            "objective": f"masked images (arXiv 2111.06377): {MASKED:.0%} of the patches left out, "
+            "their pixels, normalised in each patch, predicted",
+            "decoder": f"{DEPTH} blocks, {WIDTH} wide, {HEADS} heads; not kept",
+            "optimizer": optimizer(MASKED_BETAS),
+            "learning_rate": options.pretrain_learning_rate,
+            "batch_size": options.pretrain_batch_size,
+            "pictures_seen": whole(options.pretrain_pictures_seen, options.pretrain_batch_size),
+        }
+    return card | {
+        "recipe": common
+        | {
+            "start": started(options),
+            "optimizer": optimizer(BETAS),
+            "learning_rate": options.learning_rate,
+            "batch_size": options.batch_size,
+        },
+        "pictures_seen": whole(options.pictures_seen, options.batch_size),
+    }
+
+
+def whole(pictures: int, batch_size: int) -> int:
+    """Images of whole batches."""
+    return pictures // batch_size * batch_size
+
+
+def optimizer(betas: tuple[float, float]) -> str:
+    return f"AdamW, betas {betas[0]} and {betas[1]}, gradient norm clipped to 1"
+
+
+def augmentation(pictures: SceneStream | ClassFolders) -> str:
+    text = augment.__doc__.split(", for")[0]
+    return text + (", left-right flip" if pictures.flip else "")
 
 
 def beginning(source: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -135,7 +174,12 @@ def beginning(source: str) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def started(options: argparse.Namespace) -> str:
-    """Where the weights began, for the card."""
+    """Where the stage of labels began, for the card."""
+    if options.pretrain:
+        seen = whole(options.pretrain_pictures_seen, options.pretrain_batch_size)
+        distinct = options.train_size or seen
+        times = f", {round(seen / distinct)} times each" if options.train_size else ""
+        return f"masked pretraining on {distinct:,} images{times}"
     if not options.start_from:
         return "random weights"
     text = beginning(options.start_from)[1]
@@ -159,70 +203,70 @@ def accuracy(module: nn.Module, pictures: Pictures, device: torch.device) -> flo
 
 def train(
     card: dict, options: argparse.Namespace, pictures: SceneStream | ClassFolders
-) -> nn.Module:
-    """The trained network; goes on from OUT/NAME/checkpoint.pt where there is one."""
-    folder = options.out / card["name"]
-    folder.mkdir(parents=True, exist_ok=True)
+) -> tuple[nn.Module, dict]:
+    """The trained network and its card with what the stages took.
+
+    Resumes from the checkpoints in OUT/NAME: ``masked.pt`` and, of the stage of labels,
+    ``checkpoint.pt``.
+    """
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
     module = data.build(card, trained=False).to(device).train()
-    if options.start_from:
+    stop, told = options.stop_after or sys.maxsize, {}
+    if options.pretrain:
+        stage = masked_stage(module, options, pictures)
+        # What is only of the other stage may change before that one begins.
+        own = {key: value for key, value in card.items() if key not in ("recipe", "pictures_seen")}
+        with masking(module):
+            log = run(stage, own, options, pictures, min(stop, stage.steps))
+        told["masked"] = log[-1]
+        if stop <= stage.steps:
+            return module.eval(), card
+        stop -= stage.steps
+    elif options.start_from:
         start_from(module, options.start_from)
-    decayed = [p for p in module.parameters() if p.ndim > 1]
-    others = [p for p in module.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": options.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
+    stage = label_stage(module, options, pictures)
+    told["labels"] = run(stage, card, options, pictures, min(stop, stage.steps))[-1]
+    minutes = {name: round(last["minutes"], 1) for name, last in told.items()}
+    card = card | {"minutes": minutes, "trained_on": torch.device(options.device).type}
+    if options.pretrain:
+        card["masked_test_loss"] = told["masked"]["test_loss"]
+    return module.eval(), card
+
+
+def masked_stage(
+    module: nn.Module, options: argparse.Namespace, pictures: SceneStream | ClassFolders
+) -> Stage:
+    device = torch.device(options.device)
+    decoder = Decoder(module).to(device)
+    return Stage(
+        parts={"module": module, "decoder": decoder},
+        loss=lambda images, labels: masked_loss(module, decoder, images),
+        test=lambda: {"test_loss": masked_test_loss(module, decoder, pictures.test, device)},
+        stem="masked",
+        log_stem="masked",
+        images=options.pretrain_pictures_seen,
+        batch_size=options.pretrain_batch_size,
+        learning_rate=options.pretrain_learning_rate,
+        betas=MASKED_BETAS,
     )
-    n = options.batch_size
-    steps, first_step, log, loss_sum = options.pictures_seen // n, 0, [], 0.0
-    checkpoint_path = folder / "checkpoint.pt"
-    if checkpoint_path.exists():
-        state = torch.load(checkpoint_path, map_location=device, weights_only=True)
-        if state["card"] != card:
-            raise SystemExit(f"{checkpoint_path} was trained by another recipe: move it away first")
-        module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step, log = state["step"], state["log"]
-    stop = min(steps, options.stop_after or steps)
-    started = time.monotonic()
-    bar = tqdm(range(first_step, stop), initial=first_step, total=steps, disable=None, unit_scale=n)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * schedule(step, steps)
-        images, labels = pictures.batch(step * n, n)
-        if options.augment:
-            # A generator per step: an interrupted run goes on with what it would have seen.
-            images = augment(images, np.random.default_rng([options.seed, step]), pictures.flip)
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            outputs = module(normalised(images, device))
-        loss = cross_entropy(outputs.float(), torch.from_numpy(labels).to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        loss_sum += loss.item()
-        if (step + 1) % options.log_every == 0 or step + 1 == stop:
-            since = step + 1 - (log[-1]["step"] if log else 0)
-            log.append(
-                {
-                    "step": step + 1,
-                    "pictures_seen": (step + 1) * n,
-                    "loss": loss_sum / since,
-                    "test_accuracy": accuracy(module, pictures.test, device),
-                    "pictures_per_s": (step + 1 - first_step) * n / (time.monotonic() - started),
-                }
-            )
-            loss_sum = 0.0
-            bar.set_postfix(log[-1])
-            state = {"card": card, "module": module.state_dict(), "step": step + 1, "log": log}
-            write_whole(checkpoint_path, state | {"optimizer": optimizer.state_dict()})
-            lines = "".join(json.dumps(entry) + "\n" for entry in log)
-            (folder / "log.jsonl").write_text(lines, encoding="utf-8")
-    return module.eval()
+
+
+def label_stage(
+    module: nn.Module, options: argparse.Namespace, pictures: SceneStream | ClassFolders
+) -> Stage:
+    device = torch.device(options.device)
+    return Stage(
+        parts={"module": module},
+        loss=lambda images, labels: cross_entropy(module(images).float(), labels),
+        test=lambda: {"test_accuracy": accuracy(module, pictures.test, device)},
+        stem="checkpoint",
+        log_stem="log",
+        images=options.pictures_seen,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        betas=BETAS,
+    )
 
 
 def start_from(module: nn.Module, source: str) -> None:
@@ -238,14 +282,6 @@ def start_from(module: nn.Module, source: str) -> None:
     if "cls_token" not in own:
         weights.pop("cls_token", None)
     module.load_state_dict(weights)
-
-
-def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: linear warm-up over a twentieth, then a cosine to 0."""
-    warm_up = max(1, steps // 20)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
 def ship(card: dict, module: nn.Module) -> dict:
@@ -280,28 +316,23 @@ def evaluate(name: str, n: int) -> float:
     return share
 
 
-def write_whole(path: Path, content: dict | bytes) -> None:
-    """Write beside and rename, so that a kill leaves the old file or the new one."""
-    beside = path.with_name(path.name + ".part")
-    if isinstance(content, bytes):
-        beside.write_bytes(content)
-    else:
-        torch.save(content, beside)
-    os.replace(beside, path)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, with a family member's own defaults."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(MEMBERS)}, or a new name")
+    parser.add_argument("--all", action="store_true", help="every network of the family in turn")
     parser.add_argument("--evaluate", nargs="+", metavar="NAME", help="test shipped networks")
     parser.add_argument("--test-pictures", type=int, default=TEST_PICTURES, help="for --evaluate")
     parser.add_argument("--model", choices=("vit", "resnet"), default="vit")
     parser.add_argument("--size", choices=("tiny", "small", "large"), default="small")
     parser.add_argument("--pool", choices=("cls", "gap"), default="cls", help="of a ViT")
     parser.add_argument("--no-skip", type=int, metavar="BLOCK", help="a ViT block without skips")
-    parser.add_argument("--pictures-seen", type=int, default=VIT_PICTURES)
-    parser.add_argument("--train-size", type=int, metavar="N", help="distinct training pictures")
+    parser.add_argument("--pictures-seen", type=int, default=VIT_PICTURES, help="with labels")
+    parser.add_argument("--pretrain", choices=("masked",), help="a stage without labels before")
+    parser.add_argument("--pretrain-pictures-seen", type=int, default=MASKED_PICTURES)
+    parser.add_argument("--pretrain-batch-size", type=int, default=128)
+    parser.add_argument("--pretrain-learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--train-size", type=int, metavar="N", help="distinct training images")
     parser.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -319,7 +350,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--log-every", type=int, default=250, metavar="STEPS", help="and checkpoint"
     )
-    parser.add_argument("--stop-after", type=int, metavar="STEPS", help="stop there, go on later")
+    parser.add_argument(
+        "--stop-after", type=int, metavar="STEPS", help="of all stages; resume later"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--export", action="store_true", help="write the shipped files at the end")
     name = parser.parse_known_args(arguments)[0].name
@@ -327,23 +360,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     # A CPU without instructions for bf16 takes twenty times as long with it.
     options.precision = options.precision or ("fp32" if options.device == "cpu" else "bf16")
-    if not options.name and not options.evaluate:
-        parser.error("expected the name of a network to train, or --evaluate NAME")
+    if not options.name and not options.evaluate and not options.all:
+        parser.error("expected the name of a network to train, --all or --evaluate NAME")
     if (options.model, options.size) not in SIZES:
         parser.error(f"there is no {options.size} {options.model}")
     if options.model == "resnet" and (options.no_skip is not None or options.pool == "gap"):
         parser.error("--no-skip and --pool are for a ViT")
+    if options.pretrain and (options.model == "resnet" or options.start_from):
+        parser.error("--pretrain is for a ViT that begins with random weights")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     for name in options.evaluate or []:
         evaluate(name, options.test_pictures)
-    if not options.name:
-        return
+    if options.all:
+        others = [word for word in arguments if word != "--all"]
+        for name in MEMBERS:
+            train_member(parse([name, *others]))
+    elif options.name:
+        train_member(options)
+
+
+def train_member(options: argparse.Namespace) -> None:
+    """Train one network, and write the shipped files if asked to; not again by the same recipe."""
     if options.device == "cpu":
         # The fused attention's backward pass is the slowest operation of all on a CPU.
         timm.layers.set_fused_attn(False)
@@ -353,9 +397,17 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         source = SceneStream(options.train_size, options.seed)
     card = describe(options.name, options, source)
-    module = train(card, options, source)
+    if options.export and is_shipped(card):
+        print(f"{options.name}: trained by this recipe already", flush=True)
+        return
+    module, card = train(card, options, source)
     if options.export and not options.stop_after:
         ship(card, module)
+
+
+def is_shipped(card: dict) -> bool:
+    """Whether a network of this name and recipe is bundled."""
+    return card["name"] in data.names() and card.items() <= data.load_card(card["name"]).items()
 
 
 if __name__ == "__main__":
