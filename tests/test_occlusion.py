@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from vitprobe.errors import VitprobeError
-from vitprobe.models.loading import wrap
+from vitprobe.models.loading import load_models, wrap
 from vitprobe.occlusion import measure
 from vitprobe.results.result import FAILS, HOLDS, OPEN, load_result
 from vitprobe.statistics.occlusion import cell_edges, dropped, order_of_cells, shuffled
@@ -28,7 +29,7 @@ def orders(n, count, what="drop"):
 
 class TestDropped:
     @pytest.mark.parametrize("size", [(28, 28), (28, 42), (17, 30)])
-    @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+    @pytest.mark.parametrize("share", [0.25, 0.3, 0.5, 0.9])
     def test_whole_cells_and_as_many_as_asked_for(self, size, share):
         images = numbered(3, *size) + 1
         found = dropped(images, orders(3, 196), share, 14, torch.zeros(1))
@@ -157,6 +158,13 @@ def test_labels_give_accuracy_where_their_number_is_that_of_the_classes(tmp_path
     right = (labels == predicted).mean()
     assert result.accuracy[0, 0] == pytest.approx(right)
     assert result.accuracy_se[0, 0] == pytest.approx(np.sqrt(right * (1 - right) / 29))
+    drops = np.stack([order_of_cells(0, i, "drop", 196) for i in range(30)])
+    corner = wrap(net(Corner).module, "net", transform=lambda image: 9 * transform(image))
+    shown = measure(corner, str(tmp_path / "x.npz"), levels=[0.5], shuffle=[]).accuracy[0]
+    for found, x in zip(shown, (inputs, dropped(inputs, drops, 0.5, 14, torch.zeros(1)))):
+        told = corner.module(9 * x).argmax(1).numpy()
+        assert found == pytest.approx((told == labels).mean())
+    assert shown[0] != shown[1]
     np.savez(tmp_path / "y.npz", images=pixels, labels=labels % 3)
     other = measure(named, str(tmp_path / "y.npz"), levels=[0.5], shuffle=[])
     assert np.isnan(other.accuracy).all() and "the images have 3 classes" in other._caption()
@@ -171,6 +179,19 @@ def test_fills(images):
         measure(model, images, fill="black")
     measure("test_vit@random", np.zeros((4, 32, 32, 3), np.uint8), fill="black", image_size=32,
             levels=[0.5], shuffle=[])  # fmt: skip
+
+
+def test_black_is_what_the_transform_makes_of_black():
+    model = load_models("test_vit@random")[0]
+    seen = []
+    handle = model.module.register_forward_hook(lambda m, given, out: seen.append(given[0]))
+    measure(model, np.full((4, 160, 160, 3), 255, np.uint8), fill="black", levels=[0.9], shuffle=[],
+            batch_size=4)  # fmt: skip
+    handle.remove()
+    black = model.transform(Image.fromarray(np.zeros((160, 160, 3), np.uint8)))[:, 0, 0]
+    changed = next(one for one in reversed(seen) if len(one) == 4).permute(0, 2, 3, 1)
+    gone = torch.isclose(changed, black, atol=1e-6).all(-1).double().mean()
+    assert gone == pytest.approx(round(0.9 * 196) / 196, abs=0.02)
 
 
 @pytest.mark.parametrize(("name", "options", "classes"), [

@@ -4,7 +4,9 @@ Options are read off the parsers and the classes of the measurements, so that a 
 from the day it is added.
 """
 
+import inspect
 import json
+import re
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -64,8 +66,8 @@ def argument(action):
     if action.dest in TYPED:
         values = [TYPED[action.dest]]
     elif action.choices:
-        default = action.default if isinstance(action.default, str) else action.default[0]
-        values = [next(one for one in action.choices if one != default)]
+        default = [action.default] if isinstance(action.default, str) else action.default or []
+        values = [next(one for one in action.choices if one not in default)]
     elif isinstance(action.default, (int, float)) or action.type in (int, float):
         values = [str((action.default or 3) + 4) if action.nargs is None else "7"]
     elif isinstance(action.default, (tuple, list)) and action.type in (int, float):
@@ -205,6 +207,28 @@ def test_shared_options_that_leave_the_numbers_alone_are_these():
     still = {"image_size", "device", "workers", "quiet", "checkpoint", "save_every", "fresh",
              "on_error"}  # fmt: skip
     assert {one.name for one in fields(Options)} == tested | still
+
+
+# Measurements that draw something beside the order of the images.
+DRAWN = {"cka": {"null": 9}, "neighbours": {"null": 9}, "receptive_field": {"channels": 3},
+         "linear_probe": {"shots": 3}}  # fmt: skip
+# What a file needs to say of random weights; the first images; its own test has predictions.
+NO_DRAW = {"position_embedding", "patch_embedding", "patch_pca", "occlusion"}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_draw_is_by_the_seed(name, images):
+    """Of images whose order is given, only what else is drawn can change with the seed."""
+    before, other = (measured(name, images, **DRAWN[name], seed=seed)[0] for seed in (0, 1))
+    assert other != before
+
+
+def test_draws_are_those_of_these_measurements():
+    """A new one that draws needs a place in the test above."""
+    drawing = re.compile(r"default_rng|manual_seed|permut|order_of_cells|Generator\(|seed=")
+    found = [name for name in NAMES
+             if drawing.search(inspect.getsource(import_module(f"vitprobe.{name}")))]  # fmt: skip
+    assert set(found) <= {*DRAWN, *NO_DRAW}
 
 
 @pytest.mark.parametrize("name", ["skip_ratio", "patch_embedding"])

@@ -162,6 +162,18 @@ def test_foreground_and_outliers_are_said(tmp_path):
     load_result(tmp_path / "x.npz").to_csv(tmp_path / "x.csv")
 
 
+def test_colours_are_not_those_of_one_patch_far_out():
+    result = measure(wrap(vit(), "net"), torch.randn(20, 3, 32, 32))
+    scores = np.random.default_rng(0).random(result.components.shape)
+    result.components[:] = scores
+    plain = result.colours(0)[..., :3]
+    result.components[0, 0, 0, 0] = 1e3
+    far = result.colours(0)[..., :3]
+    assert (far[0, 0, 0] == 1).all()
+    assert np.abs(far - plain).reshape(-1, 3)[1:].max() < 0.05
+    assert far.min() == 0 and far.max() == 1
+
+
 def test_what_cannot_be_is_told():
     images = torch.randn(3, 3, 32, 32)
     with pytest.raises(VitprobeError, match=r"has no layer 'block\.9'"):

@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from vitprobe import head_subsets
+from vitprobe import attention_distance, head_subsets
 from vitprobe.attention_distance import AttentionDistance
 from vitprobe.cka import CKA
 from vitprobe.errors import VitprobeError
 from vitprobe.images.labelled import open_task
 from vitprobe.images.sources import open_images
+from vitprobe.models.foreign import rename
 from vitprobe.models.loading import load_models
 from vitprobe.papers import dosovitskiy2021
 from vitprobe.papers.raghu2021 import alike
@@ -35,6 +36,7 @@ from vitprobe.results.writing import write_atomically
 from vitprobe.running import interrupts, loop, memory
 from vitprobe.running.devices import prepared
 from vitprobe.running.probes import count_right
+from vitprobe.statistics.hsic import MAX_GROUPS
 from vitprobe.tracing.attention_operations import joined
 from vitprobe.tracing.branches import CONVOLUTION, MLP, branch_kind
 from vitprobe.tracing.capture import capture
@@ -191,6 +193,32 @@ def test_the_list_of_timm_stays_as_it_was(tmp_path):
     before = get_img_extensions()
     assert len(open_images(tmp_path / "i.tar")) == len(open_images(tmp_path / "a")) == 1
     assert get_img_extensions() == before
+
+
+def test_replicates_are_the_groups_and_not_the_batches():
+    found = attention_distance.measure(
+        "vit_small_box@random", np.zeros((35, 32, 32, 3), np.uint8), batch_size=1, device="cpu"
+    )
+    assert found.meta["replicates"] == MAX_GROUPS and found.meta["n"] == 35
+
+
+def test_names_of_transformers_are_renamed_and_joined_in_order():
+    start = "vit.encoder.layer.3.attention.attention"
+    parts = {f"{start}.{name}.bias": torch.full((2,), float(i))
+             for i, name in enumerate(("query", "key", "value"))}  # fmt: skip
+    assert rename(parts)["blocks.3.attn.qkv.bias"].tolist() == [0, 0, 1, 1, 2, 2]
+    swin = {
+        "swin.encoder.layers.1.blocks.0.attention.self.query.bias": torch.zeros(2),
+        "swin.encoder.layers.1.downsample.norm.weight": torch.ones(3),
+    }
+    assert rename(swin)["layers.2.downsample.norm.weight"].tolist() == [1, 1, 1]
+    pooled = {
+        "vision_model.encoder.layers.0.self_attn.q_proj.bias": torch.zeros(2),
+        "vision_model.head.attention.in_proj_bias": torch.arange(6.0),
+    }
+    found = rename(pooled)
+    assert found["attn_pool.q.bias"].tolist() == [0, 1]
+    assert found["attn_pool.kv.bias"].tolist() == [2, 3, 4, 5]
 
 
 def test_labels_of_test_images_are_matched_by_name():

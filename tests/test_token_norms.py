@@ -176,6 +176,26 @@ def test_quantiles_are_numpys_to_within_a_bin():
     assert float(log_histogram.quantile(two, means, 0.5)) == pytest.approx(2.0)
 
 
+def test_share_above_a_threshold_counts_its_own_bin_in_proportion():
+    steps = torch.arange(-20, 21)
+    values = torch.exp2(3 + (steps + 0.5) / log_histogram.PER_OCTAVE).double()
+    counts, _ = log_histogram.counts_and_sums(values)
+    for share, threshold in ((20.5, 0.5), (20.75, 0.25), (20, 1.0), (0, 21.0), (41, -20.0)):
+        at = torch.tensor(2.0 ** (3 + threshold / log_histogram.PER_OCTAVE), dtype=torch.float64)
+        assert float(log_histogram.share_above(counts, at)) == pytest.approx(share / 41)
+
+
+def test_counts_in_units_of_their_own_come_back_in_the_unit_of_all():
+    assert [log_histogram.octaves(2.0**power) for power in (-6, 0, 4, 14)] == [0] * 4
+    assert [log_histogram.octaves(2.0**power) for power in (-80, 60)] == [-84, 56]
+    assert [log_histogram.octaves(value) for value in (0.0, np.nan, np.inf)] == [0] * 3
+    counts = torch.zeros(3, log_histogram.BINS)
+    counts[:, 640] = torch.tensor([1.0, 2.0, 3.0])
+    found = log_histogram.coarser(counts, 8, [0, 2, -84])
+    assert found.nonzero().tolist() == [[0, 80], [1, 96], [2, 0]]
+    assert found.sum(1).tolist() == [1, 2, 3]
+
+
 class TestFindings:
     def findings(self, **options):
         images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -29,7 +29,7 @@ from vitprobe.models.visible import visible
 from vitprobe.papers import darcet2024
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text
-from vitprobe.running.grids import on_grids
+from vitprobe.running.grids import on_grids, typical_norms
 from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
 from vitprobe.running.passes import measure_one
@@ -37,7 +37,7 @@ from vitprobe.running.session import Batch, Session
 from vitprobe.statistics import log_histogram
 from vitprobe.statistics.hsic import jackknife
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
-from vitprobe.statistics.norms import norms
+from vitprobe.statistics.norms import exact, norms
 from vitprobe.tracing.capture import capture
 
 TIMES = 5.0
@@ -252,6 +252,8 @@ class _Watch(Watch):
         self.starts = np.searchsorted(self.owner, np.arange(len(self.chosen))).tolist()
         self.labels = [layer.label for layer, _ in everything]
         self.places = [places for _, places in everything]
+        typical = (n for m, mine in enumerate(self.chosen) for n in typical_norms(ready, m, mine))
+        self.octaves = [log_histogram.octaves(one) for one in typical]
         rows, columns, prefix = (
             max(sizes)
             for sizes in zip(*((p.rows, p.columns, len(p.without_place)) for p in self.places))
@@ -288,7 +290,10 @@ class _Watch(Watch):
             places, row = self.places[start + i], start + i
             found = norms(places.spatial(tensor))
             check_finite(torch.isfinite(found).all(), self.labels[row], model)
-            counts, total = log_histogram.counts_and_sums(found)
+            unit = self.octaves[row]
+            counts, total = log_histogram.counts_and_sums(
+                exact(found) * 2.0**-unit if unit else found
+            )
             self.sums["counts"][self.group(batch), row] += counts
             self.sums["total"][row] += total
             self.sums["largest"][batch.index, row] += found.max()
@@ -308,7 +313,8 @@ class _Watch(Watch):
         sums = {name: total.cpu() for name, total in self.sums.items()}
         counts = sums["counts"].sum(0)
         means = log_histogram.means_of_bins(counts, sums["total"])
-        median, p99 = (log_histogram.quantile(counts, means, share) for share in (0.5, 0.99))
+        units = torch.exp2(torch.tensor(self.octaves, dtype=torch.float64))
+        median, p99 = (units * log_histogram.quantile(counts, means, one) for one in (0.5, 0.99))
 
         def share(total: Tensor) -> Tensor:
             middle = log_histogram.quantile(total, means, 0.5)
@@ -335,7 +341,7 @@ class _Watch(Watch):
             norm_max=sums["largest"].amax(0).numpy(),
             outlier_share=outliers,
             outlier_share_se=error,
-            histogram=counts.unflatten(1, (-1, COARSE)).sum(2).numpy().astype(np.int64),
+            histogram=log_histogram.coarser(counts, COARSE, self.octaves).numpy().astype(np.int64),
             edges=log_histogram.edges()[::COARSE].numpy(),
             mean_map=maps,
             prefix_norm=prefix,

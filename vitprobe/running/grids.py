@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from vitprobe.errors import NotApplicable
 from vitprobe.running.session import Session
+from vitprobe.statistics.norms import norms
+from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import CHOICES, Layer
 from vitprobe.tracing.places import Places, find_places
 
@@ -49,3 +54,16 @@ def with_grids(
             f"The layer {bare.label} of {model.name} has no grid of places: {why}.", model.name
         )
     return kept
+
+
+def typical_norms(ready: Session, m: int, chosen: Sequence[OnGrid]) -> list[float]:
+    """The median norm of the vectors that a model has at each of these layers, at the example."""
+    model, found = ready.models[m], [0.0] * len(chosen)
+
+    def keep(i: int, tensor: Tensor) -> None:
+        found[i] = float(norms(chosen[i][1].spatial(tensor)).median())
+
+    layers = [layer for layer, _ in chosen]
+    with torch.no_grad(), ready.autocast(), capture(model.module, layers, keep):
+        model.module(ready.example()[m])
+    return found

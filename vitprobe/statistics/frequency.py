@@ -7,14 +7,18 @@ sines and cosines; what is constant over the map is taken away first, as its dig
 from __future__ import annotations
 
 from functools import lru_cache
-from math import pi
+from math import log, pi
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitprobe.statistics.norms import exact, held
+
 # Values of maps that are transformed at a time: more leave the cache.
 PIECE = 2**20
+# Means up to here have squares in float32, and sums of them.
+LARGEST = 1e18
 
 
 def diagonal(rows: int, columns: int) -> np.ndarray:
@@ -32,7 +36,7 @@ def below_nyquist(rows: int, columns: int) -> int:
 
 
 def log_amplitudes(maps: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ln|F(ω, ω)| − ln|F(0, 0)| and variance of each image's maps.
+    """ln|F(ω, ω)| − ln|F(0, 0)| and variance of each image's maps, in float64 where float32 fails.
 
     Args:
         maps: (n, rows · columns, channels), any floating type.
@@ -45,29 +49,44 @@ def log_amplitudes(maps: Tensor, rows: int, columns: int) -> tuple[Tensor, Tenso
         zeros: (n,) how many channels have an amplitude of 0 (or of nothing but rounding) at a
             frequency, which has no logarithm: left out there.
     """
+    given = torch.float64 if maps.dtype == torch.float64 else torch.float32
+    rounding = 8 * torch.finfo(given).eps * rows * columns
     images = max(1, PIECE // max(1, maps[:1].numel()))
-    parts = [_of_piece(piece, rows, columns) for piece in maps.split(images)]
+    parts = []
+    for piece in maps.split(images):
+        part = _of_piece(piece.to(given), rows, columns, rounding)
+        if part is None:
+            wide = exact(maps)
+            whole = [_of_piece(one, rows, columns, rounding) for one in wide.split(images)]
+            parts = [one for one in whole if one is not None]
+            break
+        parts.append(part)
     delta, variance, zeros = (torch.cat(part) for part in zip(*parts))
     return delta, variance, zeros
 
 
-def _of_piece(maps: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    wide = maps if maps.dtype == torch.float64 else maps.float()
+def _of_piece(
+    wide: Tensor, rows: int, columns: int, rounding: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``log_amplitudes`` of some images; None where float32 cannot hold the squares."""
     count = rows * columns
     mean = wide.mean(1, keepdim=True)
     centred = wide - mean
-    variance = torch.linalg.vecdot(centred, centred, dim=1) / count
+    squares = torch.linalg.vecdot(centred, centred, dim=1)
+    if not held(squares, centred, 1):
+        return None
+    if wide.dtype == torch.float32 and not bool((mean.abs() < LARGEST).all()):
+        return None
+    variance = squares / count
     waves = _waves(rows, columns, wide.dtype).to(wide.device)
     cosine, sine = (waves @ centred).chunk(2, 1)
     power = cosine.square() + sine.square()
     # |F|² is at most count² · variance; rounding of the mean and the sums leaves about this much.
-    rounding = (8 * torch.finfo(wide.dtype).eps * count) ** 2
-    least = rounding * (variance + mean[:, 0].square() / count)[:, None]
-    constant = (count * mean).square()
-    power = torch.cat([constant, power], 1)
-    nothing = torch.cat([constant == 0, power[:, 1:] <= least], 1)
-    nothing |= constant == 0  # without it there is nothing to compare with
-    logs = 0.5 * (power.log() - constant.log())
+    least = rounding**2 * (variance + mean[:, 0].square() / count)[:, None]
+    constant = mean.abs().log() + log(count)
+    logs = torch.cat([torch.zeros_like(constant), 0.5 * power.log() - constant], 1)
+    nothing = torch.cat([mean == 0, power <= least], 1)
+    nothing |= mean == 0  # without it there is nothing to compare with
     delta = logs.masked_fill(nothing, torch.nan).nanmean(2)
     return delta, variance.mean(1), nothing.any(1).sum(1)
 

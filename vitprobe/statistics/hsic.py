@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from vitprobe.statistics.norms import SMALLEST_SQUARE, exact
+from vitprobe.statistics.varying import ROUNDINGS, varying
 
 MIN_BATCH = 4
 MAX_GROUPS = 32
 # The share of a piece's squares that its mean may hold before it is subtracted first. A Gram then
 # loses at most log2(20) = 4.3 of its 24 bits: measured, 4e-6 of its largest value and 3e-6 of CKA.
 MEAN_ALLOWED = 0.95
-# How many roundings a feature may be off by without varying.
-ROUNDINGS = 8
 
 
 def gram(features: Tensor) -> Tensor:
@@ -81,8 +80,8 @@ def gram(features: Tensor) -> Tensor:
 def careful_gram(rows: Tensor) -> Tensor:
     """(..., n, features) -> (..., n, n) Grams in float64 of the features that vary.
 
-    A feature varies where it deviates from its batch mean by more than rounding explains: a few
-    roundings of that mean, or of the means of other features if these are seen to be rounded.
+    A feature varies where it deviates from its batch mean by more than rounding explains; see
+    ``varying``.
     """
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     rounding = ROUNDINGS * torch.finfo(dtype).eps
@@ -104,10 +103,7 @@ def careful_gram(rows: Tensor) -> Tensor:
         spreads.append(spread.where(moving | spread.isnan(), 0))
         levels.append(mean.abs())
     spread, level = torch.cat(spreads, -1), torch.cat(levels, -1)
-    rounded = (spread > 0) & (spread <= rounding * level)
-    count = rounded.sum(-1, keepdim=True)
-    noise = (torch.where(rounded, level.square(), 0).sum(-1, keepdim=True) / count).nan_to_num(0)
-    alive = spread > rounding * torch.maximum(level, noise.sqrt())
+    alive = varying(spread, level, rounding)
     for piece, kept in zip(rows.split(size, -1), alive.split(size, -1)):
         if kept.any():
             wide = exact(piece)

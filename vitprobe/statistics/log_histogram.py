@@ -1,6 +1,12 @@
-"""Quantiles and shares of positive numbers from additive counts in logarithmic bins."""
+"""Quantiles and shares of positive numbers from additive counts in logarithmic bins.
+
+Numbers far from 1 are counted in a unit of their own, a power of two near them: see ``octaves``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, log2
 
 import torch
 from torch import Tensor
@@ -8,12 +14,41 @@ from torch import Tensor
 # Bins of 1/64 octave, 1.1 % wide, from 2^-14 to 2^22; what lies outside counts in the outermost.
 LOWEST, HIGHEST, PER_OCTAVE = -14, 22, 64
 BINS = (HIGHEST - LOWEST) * PER_OCTAVE
+# What is at least so many octaves from either end needs no unit of its own.
+MARGIN = 8
 
 
 def edges() -> Tensor:
     """(BINS + 1,) float64."""
     steps = torch.arange(BINS + 1, dtype=torch.float64)
     return torch.exp2(LOWEST + steps / PER_OCTAVE)
+
+
+def octaves(typical: float) -> int:
+    """To what power of two numbers around ``typical`` are counted: 0 unless they lie far off."""
+    if not typical > 0 or not isfinite(typical):
+        return 0
+    power = log2(typical)
+    if LOWEST + MARGIN <= power <= HIGHEST - MARGIN:
+        return 0
+    return round(power) - (LOWEST + HIGHEST) // 2
+
+
+def coarser(counts: Tensor, times: int, units: Sequence[int]) -> Tensor:
+    """Counts (rows, BINS) in bins so many times as wide, all rows in the unit 1.
+
+    What lies outside then counts in the outermost.
+
+    Args:
+        counts: each row in a unit of its own.
+        times: what divides ``PER_OCTAVE``.
+        units: (rows,) in octaves.
+    """
+    found = []
+    for row, unit in zip(counts.unflatten(1, (-1, times)).sum(2), units):
+        at = torch.arange(len(row), device=row.device) + PER_OCTAVE // times * unit
+        found.append(torch.zeros_like(row).index_add_(0, at.clamp(0, len(row) - 1), row))
+    return torch.stack(found)
 
 
 def counts_and_sums(values: Tensor) -> tuple[Tensor, Tensor]:

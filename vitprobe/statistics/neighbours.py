@@ -9,6 +9,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from vitprobe.statistics.varying import ROUNDINGS, varying
+
 # Elements of a block of similarities.
 BLOCK = 2**22
 TEMPERATURE = 0.07
@@ -19,7 +21,7 @@ def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Of unit vectors the nearest by cosine are those at the least distance. Distances are taken of
     vectors less their mean: where that is far above the deviation, cosines differ only in digits
-    that float32 does not have.
+    that float32 does not have. Features that vary by no more than rounding tell nothing.
 
     Args:
         features: (n, d), n > k.
@@ -29,14 +31,17 @@ def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         (n, k) indices, nearest first, and (n, k) cosines. Indices are -1 where the features do not
         vary over the images: no image is nearer than another.
     """
-    unit = features.double()
-    lengths = unit.norm(dim=1, keepdim=True)
-    unit = unit / lengths.where(lengths > 0, 1)
-    centred = unit - unit.mean(0)
-    rounding = 8 * torch.finfo(torch.float32).eps
-    if centred.norm(dim=1).max() <= rounding:
+    wide = features.double()
+    lengths = wide.norm(dim=1, keepdim=True)
+    unit = wide / lengths.where(lengths > 0, 1)
+    rounding = ROUNDINGS * torch.finfo(torch.float32).eps
+    # What varies by its length alone does not vary as a direction.
+    alive = varying(_spread(wide), wide.mean(0).abs(), rounding)
+    alive &= _spread(unit) > rounding * unit.mean(0).abs()
+    if not alive.any():
         empty = torch.full((len(unit), k), -1, device=unit.device)
         return empty, torch.full_like(empty, torch.nan, dtype=torch.float64)
+    centred = (unit - unit.mean(0))[:, alive]
     squares = centred.square().sum(1)
     found, cosines = [], []
     for rows in torch.arange(len(unit), device=unit.device).split(max(1, BLOCK // len(unit))):
@@ -48,6 +53,11 @@ def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         distance = squares[rows][:, None] - 2 * best.values
         cosines.append(1 - distance / 2)
     return torch.cat(found), torch.cat(cosines)
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """(features,) standard deviations; 0 where all values are equal, however their mean rounds."""
+    return rows.std(0, correction=0).where(rows.amax(0) != rows.amin(0), 0)
 
 
 def overlap(neighbours: Tensor) -> tuple[np.ndarray, np.ndarray]:

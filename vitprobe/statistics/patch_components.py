@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
+
+from vitprobe.statistics.varying import ROUNDINGS, varying
 
 COUNT = 3
 
@@ -12,8 +15,9 @@ COUNT = 3
 def components(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first three principal components of patches, and the share of variance of each.
 
-    Centred, in order of variance. A component is positive on the side that holds fewer patches
-    farther out: its third moment is positive. That rule knows nothing of the features' basis.
+    Centred, in order of variance, of the features that vary by more than rounding. A component is
+    positive on the side that holds fewer patches farther out: its third moment is positive. That
+    rule knows nothing of the features' basis.
 
     Args:
         patches: (n, d).
@@ -24,9 +28,13 @@ def components(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scores = np.full((len(patches), COUNT), np.nan)
     shares = np.full(COUNT, np.nan)
     wide = patches.astype(np.float64)
-    spread, size = wide.std(0).max(initial=0), np.abs(wide).max(initial=0)
+    # Equal values do not vary, however their mean is rounded.
+    spread = np.where(np.ptp(wide, axis=0) > 0, wide.std(0), 0)
+    level = np.abs(wide.mean(0))
+    rounding = ROUNDINGS * float(np.finfo(np.float32).eps)
+    wide = wide[:, varying(torch.from_numpy(spread), torch.from_numpy(level), rounding).numpy()]
     count = min(COUNT, wide.shape[1], len(wide) - 1)
-    if count < 1 or not spread > 8 * np.finfo(np.float32).eps * size:
+    if count < 1:
         return scores, shares
     fitted = PCA(count, svd_solver="full").fit(wide)
     found = fitted.transform(wide)

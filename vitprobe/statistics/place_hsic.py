@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vitprobe.statistics.hsic import ROUNDINGS, careful_gram, u_centre
+from vitprobe.statistics.hsic import careful_gram, u_centre
 from vitprobe.statistics.norms import SMALLEST_SQUARE
+from vitprobe.statistics.varying import ROUNDINGS
 
 # Grams of one block of places stay below this; a block is all of them unless batches are large.
 BLOCK_BYTES = 2**27
