@@ -1,291 +1,130 @@
-"""Whole measurements of a small ViT against a forward pass and statistics written out in float64.
+"""Whole measurements against their definitions, written out in float64 in ``references``.
 
-Every number and standard error of a result is compared, over batches of different size. Nothing
-of the package but the measurements themselves is used.
+Every number and standard error is compared however the measurement is made: by itself, from one
+pass with the others, stopped and resumed, in two processes, and with batches of another size.
+Probes have images of their own, and stand here.
 """
 
-import math
-from itertools import product
+from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import by_hand as hand
 import numpy as np
 import pytest
-import timm
+import references  # noqa: F401  (fills REFERENCES)
 import torch
-from scipy.stats import spearmanr
-from timm.models.vision_transformer import VisionTransformer
+from by_hand import ORDER, REFERENCES
 
-from vitprobe import (
-    attention_distance,
-    attention_rollout,
-    cka,
-    head_subsets,
-    linear_probe,
-    localization,
-    receptive_field,
-    skip_ablation,
-    skip_ratio,
-    wrap,
-)
+from vitprobe import linear_probe, wrap
+from vitprobe.catalogue import measurements
 from vitprobe.images.sources import Images, TensorSource
+from vitprobe.results.result import load_result
+from vitprobe.running.interrupts import Interrupted
+from vitprobe.running.loading import TransformedImages
+from vitprobe.running.options import Options
+from vitprobe.running.passes import measure_each, measure_one
+from vitprobe.together import measurement_class
 
-N, BATCH, GRID, PATCH, HEADS, WIDTH = 18, 7, 4, 8, 4, 32
-PARTS = [slice(0, 6), slice(6, 12), slice(12, 18)]
-
-
-@pytest.fixture(scope="module")
-def vit():
-    torch.manual_seed(0)
-    net = VisionTransformer(
-        img_size=GRID * PATCH, patch_size=PATCH, embed_dim=WIDTH, depth=2, num_heads=HEADS,
-        init_values=0.5, num_classes=3,
-    )  # fmt: skip
-    for block in net.blocks:
-        block.attn.qkv.weight.data *= 40  # heads that differ
-    torch.nn.init.normal_(net.pos_embed)
-    return net.eval()
+BATCH, OTHER = 7, 5
+# They look at the weights alone, or at images of their own; see their tests.
+ELSEWHERE = {"linear_probe", "position_embedding", "patch_embedding", "occlusion"}
 
 
-@pytest.fixture(scope="module")
-def images():
-    return torch.randn(N, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def models(names):
+    made = {"vit": hand.vit, "cnn": hand.cnn}
+    return [wrap(made[name](), name) for name in names]
 
 
-@pytest.fixture(scope="module")
-def seen(vit, images):
-    """What a pass holds, for the images in the order in which they are measured."""
-    order = np.random.default_rng(0).permutation(N)
-    return slow_pass(vit, images[order].double())
+def measurement(name):
+    return measurement_class(name)(**REFERENCES[name].options)
 
 
-def slow_pass(net, pixels, without=None):
-    """Attention, heads' outputs, skips and branches of every block, from weights alone."""
-
-    def affine(layer, x):
-        return x @ layer.weight.double().T + layer.bias.double()
-
-    def norm(layer, x):
-        spread = ((x - x.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True)
-        x = (x - x.mean(-1, keepdim=True)) / (spread + layer.eps).sqrt()
-        return x * layer.weight.double() + layer.bias.double()
-
-    n = len(pixels)
-    patches = torch.stack(
-        [
-            pixels[:, :, PATCH * r : PATCH * (r + 1), PATCH * c : PATCH * (c + 1)].flatten(1)
-            for r in range(GRID)
-            for c in range(GRID)
-        ],
-        1,
-    )
-    stem = net.patch_embed.proj
-    x = patches @ stem.weight.double().flatten(1).T + stem.bias.double()
-    x = torch.cat([net.cls_token.double().expand(n, -1, -1), x], 1) + net.pos_embed.double()
-    found = {
-        "patches": patches,
-        "attention": [],
-        "heads": [],
-        "skip": [],
-        "branch": [],
-        "block": [],
-    }
-    for index, block in enumerate(net.blocks):
-        query, key, value = affine(block.attn.qkv, norm(block.norm1, x)).chunk(3, -1)
-        maps, heads = [], []
-        for h in range(HEADS):
-            own = slice(h * WIDTH // HEADS, (h + 1) * WIDTH // HEADS)
-            scores = query[..., own] @ key[..., own].mT / math.sqrt(WIDTH // HEADS)
-            maps.append(torch.exp(scores - scores.amax(-1, keepdim=True)))
-            maps[-1] = maps[-1] / maps[-1].sum(-1, keepdim=True)
-            heads.append(maps[-1] @ value[..., own])
-        found["attention"].append(torch.stack(maps, 1))
-        found["heads"].append(heads)
-        branch = affine(block.attn.proj, torch.cat(heads, -1)) * block.ls1.gamma.double()
-        for second in (False, True):
-            if second:
-                hidden = affine(block.mlp.fc1, norm(block.norm2, x))
-                hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
-                branch = affine(block.mlp.fc2, hidden) * block.ls2.gamma.double()
-            found["skip"].append(x)
-            found["branch"].append(branch)
-            x = branch if index == without else x + branch
-        found["block"].append(x)
+def all_at_once(batch_size=BATCH, **options):
+    """The results of all references, those of the same models from one pass."""
+    found = {}
+    for chosen in sorted({one.models for one in REFERENCES.values()}):
+        mine = {name: measurement(name) for name, one in REFERENCES.items() if one.models == chosen}
+        asked = Options(batch_size=batch_size, device="cpu", **options)
+        found |= measure_each(mine, models(chosen), hand.images(), asked)
     return found
 
 
-def slow_hsic(x, y):
-    """Song et al.'s estimator with its traces and sums written out."""
-    n = len(x)
-    k, m = (np.asarray((v.flatten(1) @ v.flatten(1).T).detach()) for v in (x, y))
-    k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
-    trace, cross = np.trace(k @ m), (k @ m).sum()
-    return (trace + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 * cross / (n - 2)) / (n * (n - 3))
+@cache
+def seen(batch_size):
+    pixels = hand.images()[ORDER].double()
+    return hand.slow_pass(hand.vit(), pixels, hand.batches(batch_size))
 
 
-def slow_cka(xs, ys, parts=PARTS):
-    """(len(xs), len(ys)): sums over batches first, one ratio at the end."""
-    own = [[sum(slow_hsic(v[p], v[p]) for p in parts) for v in side] for side in (xs, ys)]
-    both = [[sum(slow_hsic(x[p], y[p]) for p in parts) for y in ys] for x in xs]
-    return np.array(both) / np.sqrt(np.outer(*own))
+def check(results, batch_size=BATCH):
+    for name, result in results.items():
+        equal = list(REFERENCES[name].equals(result, seen(batch_size)))
+        assert equal, name
+        for one in equal:
+            one.check()
 
 
-def jackknife(statistic, parts=PARTS):
-    """A statistic of batches, and its standard error by leaving one out."""
-    left = np.array([statistic([p for p in parts if p != out]) for out in parts])
-    return statistic(parts), np.sqrt((len(parts) - 1) * left.var(0))
+def test_every_measurement_has_one():
+    assert set(REFERENCES) | ELSEWHERE == set(measurements())
 
 
-def error_of_mean(values):
-    return values.std(0, ddof=1) / math.sqrt(len(values))
+@pytest.mark.parametrize("name", REFERENCES)
+def test_alone(name):
+    options = Options(batch_size=BATCH, device="cpu")
+    one = measurement(name)
+    chosen = models(REFERENCES[name].models)
+    check({name: measure_one(one, chosen, hand.images(), options)})
 
 
-def close(value, expected, rtol=1e-4, atol=2e-5):
-    np.testing.assert_allclose(value, np.asarray(expected), rtol=rtol, atol=atol)
+@pytest.mark.parametrize("batch_size", [BATCH, OTHER])
+def test_in_one_pass(batch_size):
+    results = all_at_once(batch_size)
+    assert set(results) == set(REFERENCES)
+    check(results, batch_size)
 
 
-def test_cka(vit, images, seen):
-    result = cka.measure(wrap(vit), images, batch_size=BATCH)
-    value, error = jackknife(lambda parts: slow_cka(seen["block"], seen["block"], parts))
-    close(result.cka, value)
-    close(result.cka_se, error)
+def test_stopped_and_resumed(tmp_path, monkeypatch):
+    read, stopped = TransformedImages.__getitem__, []
+
+    def stops(self, position):
+        if position == 9 and len(self.group_of_model) not in stopped:
+            stopped.append(len(self.group_of_model))
+            signal.raise_signal(signal.SIGINT)
+        return read(self, position)
+
+    monkeypatch.setattr(TransformedImages, "__getitem__", stops)
+    kept = {"checkpoint": tmp_path / "state", "save_every": 0.0}
+    for _ in range(2):
+        with pytest.raises(Interrupted, match="Stopped after batch 1 of"):
+            all_at_once(**kept)
+    check(all_at_once(**kept))
 
 
-def bootstrap(statistic):
-    """Standard errors over every way to draw three batches with replacement.
-
-    The package draws 200 times: its own errors are off by one part in 20 or so.
-    """
-    drawn = [statistic(list(parts)) for parts in product(PARTS, repeat=3)]
-    return np.std(drawn, axis=0) * np.sqrt(3 / 2)
-
-
-def test_attention_distance_and_rollout(vit, images, seen):
-    place = [(PATCH * r, PATCH * c) for r in range(GRID) for c in range(GRID)]
-    pixels = torch.tensor([[math.dist(a, b) for b in place] for a in place]).double()
-    to_patches = torch.stack(seen["attention"], 1)[..., 1:, 1:].detach()
-    for renormalise in (False, True):
-        maps = to_patches / (to_patches.sum(-1, keepdim=True) if renormalise else 1)
-        each = (maps * pixels).sum(-1).mean(-1).numpy()
-        result = attention_distance.measure(
-            wrap(vit), images, batch_size=BATCH, renormalise=renormalise
-        )
-        close(result.distance_px, each.mean(0))
-        close(result.distance_se, error_of_mean(each))
-        close(result.uniform_px, [pixels.mean()] * 2)
-    rolled = torch.eye(1 + GRID**2).double()
-    for maps in seen["attention"]:
-        joint = maps.mean(1) + torch.eye(1 + GRID**2)
-        rolled = joint / joint.sum(-1, keepdim=True) @ rolled
-    result = attention_rollout.measure(wrap(vit), images, num_images=N, batch_size=BATCH)
-    close(result.rollout, rolled[:, 0, 1:].reshape(N, GRID, GRID).detach())
-
-
-def test_head_subsets(vit, images, seen):
-    cnn = timm.create_model("test_resnet").eval()
-    result = head_subsets.measure([wrap(vit), wrap(cnn, "cnn")], images, batch_size=BATCH)
-    stored = []
-    low = dict(cnn.double().named_modules())[str(result.layers[0])]
-    low.register_forward_hook(lambda m, a, out: stored.append(out.clone()))
-    with torch.no_grad():
-        cnn(images[np.random.default_rng(0).permutation(N)].double())
-    heads = [seen["heads"][0][int(h)] for (h,) in result.heads]
-
-    def statistic(parts):
-        line = slow_cka(stored, heads, parts)[0]
-        return np.array([*line, spearmanr(line, result.distance_px).statistic])
-
-    value, error = jackknife(statistic)
-    close([*result.cka[0], result.rho[0]], value)
-    close(result.cka_se[0], error[:-1])
-    assert result.rho_se[0] == pytest.approx(bootstrap(statistic)[-1], rel=0.15)
-    assert (np.diff(result.distance_px) > 0).all()
-
-
-def test_skip_ratio(vit, images, seen):
-    result = skip_ratio.measure(wrap(vit), images, batch_size=BATCH)
-    skip, branch = (torch.stack(seen[name], 1).detach().numpy() for name in ("skip", "branch"))
-    length = [np.sqrt((part**2).sum(-1)) for part in (skip, branch)]
-    ratio = length[0] / length[1]
-    spatial = ratio[..., 1:].mean(-1)
-    gap = np.log(ratio[..., 0] / spatial)
-    logs = np.stack([gap[:, :2].mean(1), gap[:, 2:].mean(1), np.log(spatial).mean(1)], 1)
-    for name, each in (
-        ("ratio", ratio),
-        ("cosine", (skip * branch).sum(-1) / length[0] / length[1]),
-        ("spatial", spatial),
-        ("log_ratio", logs[:, None]),
-    ):
-        close(getattr(result, name), each.mean(0))
-        close(getattr(result, f"{name}_se"), error_of_mean(each))
-
-
-def test_skip_ablation(vit, images, seen):
-    order = np.random.default_rng(0).permutation(N)
-    bare = slow_pass(vit, images[order].double(), without=1)["block"]
-    result = skip_ablation.measure(
-        wrap(vit), images, batch_size=BATCH, layers=["blocks.0", "blocks.1"], blocks=[1]
+def test_in_two_processes(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_references import all_at_once\n"
+        "for name, result in all_at_once().items():\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        result.save(os.path.join(sys.argv[1], name), ())\n"
     )
-
-    def statistic(parts):
-        with_skips, without = (
-            slow_cka(found, found, parts)[0, 1] for found in (seen["block"], bare)
-        )
-        return np.array([without, with_skips, with_skips - without])
-
-    value, error = jackknife(statistic)
-    close([*result.means[1, [0, 2]], result.loss[1, 0]], value)
-    close([*result.means_se[1, [0, 2]], result.loss[1, 1]], error)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(script), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    check({name: load_result(tmp_path / f"{name}.npz") for name in REFERENCES})
 
 
-def test_localization(vit, images, seen):
-    result = localization.measure(wrap(vit), images, batch_size=BATCH)
-    tokens, patches = seen["block"][1][:, 1:].unbind(1), seen["patches"].unbind(1)
-    inside = [r * GRID + c for r in range(1, GRID - 1) for c in range(1, GRID - 1)]
-
-    def statistic(parts):
-        values = slow_cka(tokens, patches, parts)
-        own = np.diag(values)
-        contrast = (own - (values.sum(1) - own) / (len(own) - 1)).mean()
-        peaks = np.mean([values[token].argmax() == token for token in inside])
-        return np.array([*values.ravel(), contrast, peaks])
-
-    value, error = jackknife(statistic)
-    close(result.cka.ravel(), value[:-2])
-    close([result.contrast[0], result.peak_share[0]], value[-2:])
-    close(result.contrast_se[0], error[-2])
-    assert result.peak_share_se[0] == pytest.approx(bootstrap(statistic)[-1], rel=0.15)
-
-
-def test_receptive_field(vit, images):
-    order = np.random.default_rng(0).permutation(N)[:5]
-    result = receptive_field.measure(
-        wrap(vit), images, num_images=5, batch_size=2, channels="all", layers="blocks.1"
-    )
-    pixels = images[order].double().requires_grad_()
-    centre = slow_pass(vit, pixels)["block"][1][:, 1 + GRID // 2 * GRID + GRID // 2]
-    each = torch.stack(
-        [
-            torch.autograd.grad(centre[:, k].sum(), pixels, retain_graph=True)[0]
-            for k in range(WIDTH)
-        ],
-        1,
-    )
-    each = each.abs().mean(2).numpy()  # images, channels, rows, columns
-
-    def statistic(some):
-        field = some.mean((0, 1))
-        mass = np.sort(field.ravel())[::-1].cumsum()
-        areas = [(np.flatnonzero(mass >= s * mass[-1])[0] + 1) / mass.size for s in (0.5, 0.9)]
-        middle = field[16:24, 16:24].sum() / field.sum()
-        return np.array([*field.ravel(), *areas, middle])
-
-    left = np.array([statistic(np.delete(each, i, 0)) for i in range(5)])
-    for end, expected in (("", statistic(each)), ("_se", np.sqrt(4 * left.var(0)))):
-        close(getattr(result, f"gradient{end}").ravel(), expected[:-3], rtol=1e-3)
-        for name, one in zip(("area50", "area90", "centre"), expected[-3:]):
-            close(getattr(result, f"{name}{end}"), [one], rtol=1e-3)
-
-
-def test_linear_probe(vit):
+def test_linear_probe():
     generator = torch.Generator().manual_seed(3)
     labels = np.arange(60) % 3
     pixels = torch.randn(60, 3, 32, 32, generator=generator)
@@ -295,9 +134,15 @@ def test_linear_probe(vit):
     )
     fit, test = (source.choose(np.arange(*ends)) for ends in ((0, 24), (24, 60)))
     result = linear_probe.measure(
-        wrap(vit), fit, test_images=test, layers="blocks.1", shots=4, draws=2, batch_size=BATCH
+        wrap(hand.vit()),
+        fit,
+        test_images=test,
+        layers="blocks.1",
+        shots=4,
+        draws=2,
+        batch_size=BATCH,
     )
-    tokens = slow_pass(vit, pixels.double())["block"][1].detach().numpy()
+    tokens = hand.slow_pass(hand.vit(), pixels.double()).block[1].detach().numpy()
     reads = {str(name): None for name in result.readouts}
     reads["CLS"], reads["first patch"] = tokens[:, :1], tokens[:, 1:2]
     reads["mean"], reads["tokens"] = tokens[:, 1:].mean(1, keepdims=True), tokens[:, 1:]
@@ -313,9 +158,10 @@ def test_linear_probe(vit):
             ]
         )
     accuracy = np.mean(shown, 0)
-    close(result.accuracy_of_draw[:, 0], shown, atol=1e-9)
+    hand.Equal(result.accuracy_of_draw[:, 0], shown, atol=1e-9).check()
     tests = accuracy * (1 - accuracy) / 36
-    close(result.accuracy_se[0], np.sqrt(np.var(shown, 0, ddof=1) / 2 + tests), atol=1e-9)
+    expected = np.sqrt(np.var(shown, 0, ddof=1) / 2 + tests)
+    hand.Equal(result.accuracy_se[0], expected, atol=1e-9).check()
 
 
 def slow_probe(features, rows, labels):
