@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import gallery_index  # noqa: E402  (its folder is on the path only now)
-from gallery import FIGURES, Figure, scripts  # noqa: E402
+from gallery import FIGURES, Figure, keep_small, scripts  # noqa: E402
 
 from vitprobe.cli import INTERRUPTED  # noqa: E402
 
@@ -57,6 +57,8 @@ def draw(name: str, args: argparse.Namespace) -> int:
             return 0
         with contextlib.redirect_stdout(printed):
             status = figure.main(given)
+        if not status:
+            keep_small(args.out / f"{name}.png")
     except Exception as error:
         # A fault of one figure is no reason to lose the others.
         traceback.print_exc()

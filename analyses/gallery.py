@@ -6,6 +6,7 @@ A script makes one ``Figure``. Its options are those of its command (``--models`
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -15,12 +16,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from PIL import Image
+
 from vitprobe._version import __version__
 from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import bundled_models
 from vitprobe.results.result import Result, load_result
 
 FIGURES = Path(__file__).parents[1] / "figures"
+# Bytes; a repository of many images asks for small ones.
+MAX_PNG = 290_000
 # Options with the number of their values that say how and where to, not what.
 MANNERS = {"--out": 1, "--device": 1, "--workers": 1, "--save-every": 1}
 MANNERS |= {"--fresh": 0, "--quiet": 0, "--debug": 0}
@@ -113,6 +118,17 @@ def scripts(patterns: Sequence[str] = ()) -> list[str]:
     here = Path(__file__).parent
     found = sorted(path.stem for path in here.glob("*_fig*.py"))
     return [n for n in found if not patterns or any(fnmatch(n, p) for p in patterns)]
+
+
+def keep_small(png: Path) -> None:
+    """Bring a large image down to fewer colours: 256, or as few as it takes."""
+    content = png.read_bytes()
+    for colours in (256, 64, 16):
+        if png.stat().st_size <= MAX_PNG:
+            return
+        with Image.open(io.BytesIO(content)) as drawn:
+            few = drawn.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        few.save(png, optimize=True)
 
 
 def deciding(line: Sequence[str]) -> list[str]:

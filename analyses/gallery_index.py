@@ -9,7 +9,7 @@ from pathlib import Path
 from gallery import command_of
 
 from vitprobe.errors import VitprobeError
-from vitprobe.results.result import Result, load_result
+from vitprobe.results.result import Finding, Result, load_result
 
 # The README shows it.
 QUICK_START = "quick_start"
@@ -91,10 +91,15 @@ def _entry(folder: Path, name: str, result: Result) -> str:
     script = f"`python analyses/{name}.py`, that is " if drawn else ""
     lines.append(f"{script}`{command_of(result)}`\n")
     lines += [
-        f"- **{one.verdict}**: {one.claim} ({one.source}): {one.numbers}."
+        f"- **{one.verdict}**: {one.claim} ({one.source}): {_decided(one)}."
         for one in result.findings()
     ] or ["No claim of the papers is tested on it."]
     return "\n".join(lines) + "\n"
+
+
+def _decided(finding: Finding) -> str:
+    """What decided it: over which layers, and the numbers."""
+    return f"over {finding.over}: {finding.numbers}" if finding.over else finding.numbers
 
 
 def _left_out(names: Sequence[str]) -> list[str]:

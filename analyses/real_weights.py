@@ -23,12 +23,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 import gallery_index
-from gallery import FIGURES, scripts
+from gallery import FIGURES, keep_small, scripts
 
 VIT, CNN = "ViT-S/14 (saliency)", "EfficientNet-Lite0"
 SPECS = {
@@ -36,8 +34,6 @@ SPECS = {
     CNN: "tf_efficientnet_lite0@tf_efficientnet_lite0.safetensors",
     "ViT-S/14 (random)": "vit_small_patch14_dinov2@random",
 }
-# A larger image is brought down to 256 colours, which a repository of them asks for.
-MAX_PNG = 290_000
 BOTH = (VIT, CNN)
 PHOTOGRAPHS = ("--images", "imagenet-sample")
 CIFAR = ("--images", "cifar10-train", "--test-images", "cifar10-test")
@@ -148,10 +144,8 @@ def draw(figure: Real, out: Path) -> int:
         status = module.main()
     finally:
         sys.argv = before
-    png = out / f"{figure.stem}.png"
-    if not status and png.stat().st_size > MAX_PNG:
-        with Image.open(png) as drawn:
-            drawn.convert("RGB").quantize(256).save(png, optimize=True)
+    if not status:
+        keep_small(out / f"{figure.stem}.png")
     return status
 
 

@@ -72,6 +72,9 @@ def test_every_script_draws_its_figure(gallery, tmp_path, capsys, name):
     else:
         result = drawn(name, tmp_path)
     assert lines[0].startswith(f'"""{result.meta["title"].split(" (")[0]}')
+    for one in result.findings():
+        assert one.models and all(model in one.claim for model in one.models), one
+        assert set(one.models) <= set(result.models)
     # The command in the file is whole: it names the models and needs no script.
     command = result.meta["command"]
     assert command.startswith(f"python -m vitprobe.{result.analysis} ")
@@ -203,6 +206,9 @@ def test_the_index_page_says_what_the_committed_numbers_say(gallery, tmp_path):
         shutil.copy(file, target)
     page = gallery.gallery_index.write(tmp_path, SCRIPTS).read_text(encoding="utf-8")
     assert page == (FIGURES / "README.md").read_text(encoding="utf-8")
+    for file in FIGURES.glob("raghu_fig0*.npz"):
+        for one in load_result(file).findings():
+            assert not one.over or f"over {one.over}: {one.numbers}." in page
 
 
 @pytest.mark.parametrize("file", sorted(FIGURES.glob("**/*.png")), ids=lambda file: file.stem)

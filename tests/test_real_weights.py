@@ -3,8 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+from PIL import Image
 from safetensors.torch import save_file
 
 from vitprobe import load_result
@@ -62,3 +64,22 @@ def test_the_gallery_is_what_the_script_draws(script):
         meta = load_result(path).meta
         assert {m["name"] for m in meta["models"]} <= set(script.SPECS)
         assert "dinov2_s14" not in str(meta)
+
+
+def test_a_large_figure_is_kept_in_fewer_colours(script, tmp_path, monkeypatch):
+    gallery = importlib.import_module("gallery")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (120, 100, 3), dtype=np.uint8)
+    flat = np.full((120, 100, 3), 200, np.uint8)
+    for name, image in (("noise", noise), ("flat", flat)):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    before = (tmp_path / "flat.png").read_bytes()
+    for limit in (20_000, 9_000, 7_000):  # the noise has 36,000 bytes, 12,000 in 256 colours
+        monkeypatch.setattr(gallery, "MAX_PNG", limit)
+        Image.fromarray(noise).save(tmp_path / "noise.png")
+        for name in ("noise", "flat"):
+            script.keep_small(tmp_path / f"{name}.png")
+        assert (tmp_path / "noise.png").stat().st_size <= limit
+        with Image.open(tmp_path / "noise.png") as kept:
+            assert kept.size == (100, 120)
+    assert (tmp_path / "flat.png").read_bytes() == before

@@ -259,19 +259,21 @@ def test_a_result_shows_itself_in_a_notebook(made):
 
 
 def test_the_grid_has_a_row_a_claim_and_a_column_a_model_or_pair():
-    def finding(claim, source, verdict, brief=""):
-        return Finding(claim, source, verdict, "1 ± 0", brief)
+    def finding(models, claim, source, verdict, brief=""):
+        return Finding(claim, source, verdict, "1 ± 0", brief, models=models.split())
 
-    names = ["vit", "vit_b", "cnn"]
+    local = "heads are local"
+    # The claims' own words are names of models, too.
+    names = ["vit", "vit_b", "cnn", "heads", "is"]
     claims = [
         grid.claim(one, names, "a")
         for one in (
-            finding("heads of vit_b are local", "B 2021, Fig. 11", HOLDS, "heads are local"),
-            finding("vit_b is above cnn", "B 2021, Fig. 9, there in colour", FAILS),
-            finding("vit is above cnn", "B 2021, Fig. 9, there in colour", OPEN),
-            finding("heads of vit are local", "B 2021, Fig. 11", FAILS, "heads are local"),
-            finding("blocks of vit are wide", "B 2021, Fig. 11", HOLDS),
-            finding("cnn grows", "A 2020, Fig. 1", HOLDS),
+            finding("vit_b", "heads of vit_b are local", "B 2021, Fig. 11", HOLDS, local),
+            finding("cnn vit_b", "vit_b is above cnn", "B 2021, Fig. 9, there in colour", FAILS),
+            finding("vit cnn", "vit is above cnn", "B 2021, Fig. 9, there in colour", OPEN),
+            finding("vit", "heads of vit are local", "B 2021, Fig. 11", FAILS, local),
+            finding("vit", "blocks of vit are wide", "B 2021, Fig. 11", HOLDS),
+            finding("cnn", "cnn grows", "A 2020, Fig. 1", HOLDS),
         )
     ]
     columns = grid.columns(claims, names)
@@ -282,7 +284,7 @@ def test_the_grid_has_a_row_a_claim_and_a_column_a_model_or_pair():
              for row in (*rows, last)]  # fmt: skip
     assert shown == [
         ("Fig. 9", 1, "… is above …", [[], [], [], ["✗"], ["?"]]),
-        ("Fig. 11", 2, "heads are local", [["✗"], ["✓"], [], [], []]),
+        ("Fig. 11", 2, local, [["✗"], ["✓"], [], [], []]),
         ("Fig. 11", 0, "blocks of … are wide", [["✓"], [], [], [], []]),
         ("Fig. 1", 1, "… grows", [[], [], ["✓"], [], []]),
     ]

@@ -45,6 +45,7 @@ def _without_registers(result: Any, model: int, rows: np.ndarray) -> Finding:
         f"blocks {_per_cent(*late)} (threshold > {A_FEW:.1%}), first third "
         f"{_per_cent(*early)} (threshold < {A_FEW:.1%})",
         "outliers in late blocks",
+        models=[result.models[model]],
     )
 
 
@@ -70,6 +71,7 @@ def _with_registers(result: Any, model: int, rows: np.ndarray) -> Finding:
         f"blocks {_per_cent(*late)} (threshold < {A_FEW:.1%}); largest register of the last "
         f"layer over the patches' 99th percentile {plus_minus(*ratio)} (threshold > 1)",
         "registers in the outliers' stead",
+        models=[result.models[model]],
     )
 
 

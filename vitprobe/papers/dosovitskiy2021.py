@@ -35,14 +35,24 @@ def patch_embedding(result: Any) -> list[Finding]:
             claim = f"leading components of the untrained stem of {name} are not smooth"
             found.append(
                 Finding(
-                    claim, source, decide(-value, 0.0, -SMOOTH), numbers, "untrained stem is noise"
+                    claim,
+                    source,
+                    decide(-value, 0.0, -SMOOTH),
+                    numbers,
+                    "untrained stem is noise",
+                    models=[name],
                 )
             )
         else:
             claim = f"leading components of the stem of {name} are smooth"
             found.append(
                 Finding(
-                    claim, source, decide(value, 0.0, SMOOTH), numbers, "smooth leading filters"
+                    claim,
+                    source,
+                    decide(value, 0.0, SMOOTH),
+                    numbers,
+                    "smooth leading filters",
+                    models=[name],
                 )
             )
     return found
@@ -54,6 +64,7 @@ def position_embedding(result: Any) -> list[Finding]:
     A table is not sampled: errors are what numbers vary by in tables whose places mean nothing.
     """
     found = []
+    names = result.models
     structure = {}
     for table, about in enumerate(result.meta["tables"]):
         if min(about["grid"]) < 3 or not np.isfinite(result.of(table)).all():
@@ -68,6 +79,7 @@ def position_embedding(result: Any) -> list[Finding]:
                 f"Spearman correlation of similarity with distance {plus_minus(*rho)} (threshold "
                 f"< -{NEARER}; error: without structure)",
                 "nearer patches more alike",
+                models=[names[about["model"]]],
             )
         )
         found.append(
@@ -79,6 +91,7 @@ def position_embedding(result: Any) -> list[Finding]:
                 f"mean difference of similarity at equal distance {plus_minus(*axial)} (threshold "
                 f"> {AXIAL}; error: without structure)",
                 "rows and columns more alike",
+                models=[names[about["model"]]],
             )
         )
     untrained = {t: _untrained(result, about) for t, about in enumerate(result.meta["tables"])}
@@ -99,6 +112,7 @@ def position_embedding(result: Any) -> list[Finding]:
                         f"Spearman correlation of similarity with distance {plus_minus(*rho)} "
                         f"against {plus_minus(*blank)} (threshold > {STRUCTURE})",
                         "structure that untrained tables lack",
+                        models=[names[result.meta["tables"][t]["model"]] for t in (table, other)],
                     )
                 )
     return found

@@ -40,6 +40,7 @@ def findings(result: Any) -> list[Finding]:
                 f"below {chance:.3f}; {above.sum()} of {values.size} pairs above their own 95 %",
                 "more alike than by chance",
                 f"{values.shape[0]} × {values.shape[1]} pairs of layers",
+                [result.models[a], result.models[b]],
             )
         )
     return found

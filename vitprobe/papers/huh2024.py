@@ -48,6 +48,7 @@ def _above_chance(result: Any, a: int, b: int) -> Finding:
         numbers,
         "common neighbours above chance",
         f"{len(block[0])} × {block[1].size} pairs of layers",
+        [result.models[a], result.models[b]],
     )
 
 
@@ -65,4 +66,5 @@ def _late(result: Any, model: int, rows: np.ndarray) -> Finding:
         f"k-NN accuracy gained in the second half of blocks {plus_minus(*late)}, in the first "
         f"{plus_minus(*early)}",
         "class tokens gain late",
+        models=[result.models[model]],
     )

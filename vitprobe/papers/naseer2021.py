@@ -51,4 +51,5 @@ def _keeps_more(result: Any, a: int, b: int, levels: np.ndarray, when: str, figu
         f"agreement with the clean image {plus_minus(one, one_se)} and "
         f"{plus_minus(other, other_se)}, difference {plus_minus(*gap)}",
         "ViT keeps more than CNN",
+        models=[result.models[a], result.models[b]],
     )

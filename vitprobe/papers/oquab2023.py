@@ -29,6 +29,7 @@ def findings(result: Any) -> list[Finding]:
                 f"than {SEPARATES} or less than {1 - SEPARATES} asked)",
                 "first component finds the object",
                 str(result.layers[model]),
+                [result.models[model]],
             )
         )
     return found

@@ -45,4 +45,5 @@ def _claim(result: Any, model: int, k: int, kind: str, count: int) -> Finding:
         f"ln V {plus_minus(*variance)}",
         f"{plural} {smooth}{'s' if kind == 'attention' else ''} maps",
         f"{count} sublayer{'s' * (count > 1)} that keep{'s' * (count == 1)} the size of the map",
+        [result.models[model]],
     )

@@ -40,6 +40,7 @@ def _falls(result: Any, model: int) -> Finding:
         f"mean NMI of query and key: first third of layers {plus_minus(*early)}, last third "
         f"{plus_minus(*late)}",
         "NMI falls with depth",
+        models=[result.models[model]],
     )
 
 
@@ -54,6 +55,7 @@ def _below(result: Any, contrastive: int, masked: int) -> Finding:
         f"mean NMI of query and key in the last third of layers: {plus_minus(*one)} and "
         f"{plus_minus(*other)}",
         "contrastive NMI below masked",
+        models=[result.models[contrastive], result.models[masked]],
     )
 
 

@@ -56,16 +56,15 @@ class Claim:
 
 
 def claim(finding: Finding, names: Sequence[str], anchor: str) -> Claim:
-    """A claim, with the models that it names in the order in which it names them.
+    """A claim, with the models that it is about, in the order of the result's; else all of them.
 
     Args:
         finding: of a result.
         names: of the result's models.
         anchor: of the figure.
     """
-    named = dict.fromkeys(_pattern(names).findall(finding.claim)) if names else {}
-    order = sorted(named, key=list(names).index)
-    return Claim(finding, tuple(order), anchor)
+    about = finding.models or names
+    return Claim(finding, tuple(name for name in names if name in about), anchor)
 
 
 def _pattern(names: Sequence[str]) -> re.Pattern[str]:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -46,6 +46,7 @@ class Finding:
         numbers: what decided it, with standard errors; parts are set apart by semicolons.
         brief: the claim in about five words, for tables.
         over: the layers that decided it: ``12 and 16 blocks``.
+        models: names of those that it is about, as ``Result.models`` has them.
     """
 
     claim: str
@@ -54,6 +55,7 @@ class Finding:
     numbers: str
     brief: str = ""
     over: str = ""
+    models: list[str] = field(default_factory=list, hash=False)
 
     def __str__(self) -> str:
         over = f"over {self.over}: " if self.over else ""

@@ -130,6 +130,7 @@ def findings(pairs: list[dict[str, Any]], replicates: int | None = None) -> list
                 f"apart, {plus_minus(*stages)} (threshold > 0)",
                 "ViT uniform, CNN in stages",
                 over,
+                [vit, cnn],
             )
         )
         depth_left = (None if depth[0] is None else EARLY_DEPTH - depth[0], depth[1])
@@ -144,6 +145,7 @@ def findings(pairs: list[dict[str, Any]], replicates: int | None = None) -> list
                 f"least over the layers of {cnn}: {plus_minus(*late)} (threshold > 0)",
                 "CNN like the ViT's lowest layers",
                 over,
+                [vit, cnn],
             )
         )
     return found

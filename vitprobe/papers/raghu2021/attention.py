@@ -39,6 +39,7 @@ def distance(result: Any) -> list[Finding]:
                 f"{plus_minus(*widest)} (threshold > {GLOBAL})",
                 "local and global heads below",
                 f"the lowest 2 of {len(rows)} attention layers",
+                [name],
             )
         )  # fmt: skip
         found.append(
@@ -50,6 +51,7 @@ def distance(result: Any) -> list[Finding]:
                 f"{plus_minus(*middle)} (threshold > {GLOBAL})",
                 "mostly global heads above",
                 f"the highest 2 of {len(rows)} attention layers",
+                [name],
             )
         )
     return found
@@ -68,6 +70,7 @@ def head_subsets(result: Any) -> list[Finding]:
             f"Spearman's ρ over {len(result.distance_px)} subsets {plus_minus(rho, error)} "
             f"(threshold < -{STRONG})",
             "local heads like convolutions",
+            models=[vit, cnn],
         )
         for layer, rho, error in zip(result.layers, result.rho, result.rho_se)
     ]

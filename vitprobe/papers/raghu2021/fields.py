@@ -54,13 +54,13 @@ def fields(result: Any) -> list[Finding]:
                 f"{AREA} at half depth {plus_minus(*middle)} (threshold > {GLOBAL_AREA}); share of "
                 f"the centre patch minus the largest other's {plus_minus(*peak)} (threshold > 0)"
             )
-        found.append(Finding(claim, SOURCE, verdict, numbers, brief, over))
+        found.append(Finding(claim, SOURCE, verdict, numbers, brief, over, [name]))
         if np.isfinite(less[0]):
             claim = f"attention alone is less centred on its own place than the sum in {name}"
             numbers = f"share of the centre cell, sum minus attention {plus_minus(*less)}"
             found.append(
                 Finding(claim, f"{SOURCE}, C.4", decided(*less), f"{numbers} (threshold > 0)",
-                        "skips keep tokens in place", "all attention branches")
+                        "skips keep tokens in place", "all attention branches", [name])
             )  # fmt: skip
     vits = [model for model, attending in enumerate(attends) if attending]
     cnns = [model for model, attending in enumerate(attends) if not attending]
@@ -78,6 +78,7 @@ def fields(result: Any) -> list[Finding]:
                 f"{plus_minus(cnn, cnn_se)}{remark}",
                 "low ViT layers look farther",
                 f"the lowest {layers[0]} and {layers[1]} layers",
+                [result.models[a], result.models[b]],
             )
         )
     return found

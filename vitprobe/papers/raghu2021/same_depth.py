@@ -123,6 +123,7 @@ def findings(result: Any) -> list[Finding]:
                 f"{plus_minus(*one['mean'])}",
                 "less alike the deeper",
                 over,
+                [names[a], names[b]],
             )
         )
         if before is not None and "rise" in one:
@@ -136,6 +137,7 @@ def findings(result: Any) -> list[Finding]:
                     f"{plus_minus(*one['rise'])} above the pair before (threshold > 0)",
                     "more alike with more data",
                     over,
+                    [names[a], names[b], names[before["pair"][0]]],
                 )
             )
     return found

@@ -34,6 +34,7 @@ def ratio(result: Any) -> list[Finding]:
                 f"{plus_minus(*first)}, second half {plus_minus(*second)} (thresholds > 0 and < 0)",
                 "class token above, then below",
                 f"{len(result.of(model))} additions",
+                [name],
             )
         )
     for a, b in product(range(len(layouts)), repeat=2):
@@ -50,6 +51,7 @@ def ratio(result: Any) -> list[Finding]:
                 f"{plus_minus(*cnn)}, difference {plus_minus(*difference)} (threshold > 0)",
                 "ViT ratios above the CNN's",
                 f"{len(result.of(a))} and {len(result.of(b))} additions",
+                [result.models[a], result.models[b]],
             )
         )
     return found
@@ -78,6 +80,7 @@ def ablation(result: Any) -> list[Finding]:
                 f"with skips {plus_minus(value[3], error[3])}",
                 "alike no longer across the block",
                 f"{(result.layers[panel] != '').sum()} layers",
+                [name],
             )
         )
     return found

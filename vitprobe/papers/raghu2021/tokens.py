@@ -41,6 +41,7 @@ def _peaks(result: Any, model: int, layer: int) -> Finding:
         f"share {plus_minus(*share)} (threshold > {MOST})",
         "interior tokens keep their place",
         str(result.layers[layer]),
+        [result.models[model]],
     )
 
 
@@ -57,6 +58,7 @@ def _less_localised(result: Any, less: int, more: int, source: str) -> Finding:
         f"contrast {numbers[0]} against {numbers[1]} (threshold < {MUCH_LESS} times the latter)",
         "last block much less localised",
         f"{result.layers[less]} and {result.layers[more]}",
+        names,
     )
 
 
@@ -73,6 +75,7 @@ def _earlier_unit(result: Any, model: int, last: int) -> Finding:
         f"{plus_minus(gap, error)} (threshold > 0)",
         "earlier units more localised",
         f"{len(rows)} blocks",
+        [result.models[model]],
     )
 
 
@@ -126,6 +129,7 @@ def _tokens_apart(result: Any, by_class: int, by_mean: int) -> Finding:
         f"{_at(result, i, 'tokens')}, difference {plus_minus(*gap)} (threshold > {FAR})",
         "spatial tokens probe far better",
         f"{result.layers[i]} and {result.layers[j]}",
+        [result.models[by_class], result.models[by_mean]],
     )
 
 
@@ -144,6 +148,7 @@ def _own_is_best(result: Any, model: int, own: str) -> Finding:
         ", ".join(_at(result, last, name) for name in (own, *others)),
         "its own readout is best",
         str(result.layers[last]),
+        [result.models[model]],
     )
 
 
@@ -160,4 +165,5 @@ def _late(result: Any, model: int) -> Finding:
         + f"; late gain minus early {plus_minus(*gap)} (threshold > 0)",
         "class token becomes useful late",
         f"{len(rows)} blocks",
+        [result.models[model]],
     )
