@@ -38,7 +38,7 @@ from vitprobe.running.options import Options
 from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
 from vitprobe.tracing.attention import AttentionMap, observe
-from vitprobe.tracing.places import Places, find_places, order_of
+from vitprobe.tracing.places import Places, order_of
 
 PICTURES, PHOTOGRAPH_SIDE = 4, 64
 # Maps in a figure.
@@ -286,8 +286,7 @@ def _class_token(ready: Session, m: int, found: AttentionMap) -> int | None:
         layer for layer in ready.layers(m).layers
         if layer.point == "output" and len(layer.shape) == 2 and tokens in layer.shape
     ]  # fmt: skip
-    with ready.autocast():
-        places = find_places(ready.models[m].module, layers, ready.example()[m])
+    places = ready.places(m, layers)
     last = [one for one in places if isinstance(one, Places) and one.lengths == (tokens,)]
     return last[-1].class_token if last else None
 

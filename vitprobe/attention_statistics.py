@@ -36,7 +36,7 @@ from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.attention_information import AttentionInformation
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.tracing.attention import AttentionLayer, observe
-from vitprobe.tracing.places import Places, find_places
+from vitprobe.tracing.places import Places
 
 QUANTITIES = ("entropy", "nmi", "class_mass", "register_mass")
 
@@ -285,10 +285,7 @@ class _Tokens:
 
 def _grids(ready: Session, m: int) -> list[Places]:
     """The grids of tokens of a model's blocks."""
-    model = ready.models[m]
-    with ready.autocast():
-        layers = ready.layers(m).choose("blocks")
-        found = find_places(model.module, layers, ready.example()[m])
+    found = ready.places(m, ready.layers(m).choose("blocks"))
     return [one for one in found if isinstance(one, Places)]
 
 

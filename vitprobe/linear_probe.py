@@ -35,6 +35,7 @@ from vitprobe.models.loading import Model
 from vitprobe.papers.raghu2021 import tokens
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text
+from vitprobe.running.grids import Placed, placed_layers
 from vitprobe.running.measurement import Measurement, Watch
 from vitprobe.running.options import Options, option
 from vitprobe.running.passes import measure_one
@@ -50,7 +51,6 @@ from vitprobe.running.probes import (
 )
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.moments import variance_of_mean
-from vitprobe.tracing.places import Placed, placed_layers
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
 # Colours of the token grid span at least this much accuracy.
@@ -226,8 +226,7 @@ class _Watch(Watch):
     """How many test images each probe tells right; the probes are fitted in passes of their own."""
 
     def __init__(self, ready: Session, asked: LinearProbe, task: Task) -> None:
-        with ready.autocast():
-            self.placed, self.kinds = placed_layers(ready.models, ready.example(), asked.layers)
+        self.placed, self.kinds = placed_layers(ready, asked.layers)
         self.asked, self.task = asked, task
         fitted = [fit_draw(ready.on(draw), self.placed, len(task.classes)) for draw in task.draws]
         self.probes = [side_by_side(list(layer)) for layer in zip(*fitted)]

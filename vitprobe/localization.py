@@ -32,6 +32,7 @@ from vitprobe.papers.raghu2021 import tokens
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text, plus_minus
 from vitprobe.results.tables import Label
+from vitprobe.running.grids import Placed, placed_layers
 from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
 from vitprobe.running.passes import measure_one
@@ -39,11 +40,7 @@ from vitprobe.running.session import Batch, Session, Sums
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, bootstrap_error, jackknife
 from vitprobe.statistics.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.places import (
-    Placed,
-    Places,
-    placed_layers,
-)
+from vitprobe.tracing.places import Places
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
 MAX_MAP_SIDE = 16
@@ -247,8 +244,7 @@ class _Watch(Watch):
     """HSIC₁ of every token and location of the chosen layers with every patch of the input."""
 
     def __init__(self, ready: Session, layers: str | Sequence[str]) -> None:
-        with ready.autocast():
-            self.placed, self.kinds = placed_layers(ready.models, ready.example(), layers)
+        self.placed, self.kinds = placed_layers(ready, layers)
         self.grids = [one.places.thinned(MAX_MAP_SIDE) for one in self.placed]
         self.labels = [one.layer.label for one in self.placed]
         # One matrix a layer and group, tokens and patches with themselves at its edge.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitprobe.errors import NotApplicable
 from vitprobe.running import memory, processes
+from vitprobe.running.grids import lost_of, tell_lost
 from vitprobe.running.session import Session
 from vitprobe.statistics.fields import channels_of_images
 from vitprobe.tracing.centre_gradients import Centre, Site, centres, sites_of
@@ -74,12 +75,17 @@ def plan_of(
     if pre_residual:
         owners = {layer.module for layer in chosen}
         chosen = [la for la in found.layers if la.addition and la.module in owners]
-    with ready.autocast():
-        sites = sites_of(model.module, chosen, example, pre_residual)
-    if not sites:
-        raise NotApplicable(
-            f"--layers: none of these layers of {model.name} has a centre.", model.name
+    grids = ready.places(m, chosen)
+    sites = sites_of(chosen, grids, pre_residual)
+    lost = lost_of(list(zip(chosen, grids)))
+    if not sites or any(layer.label in layers for layer, _ in lost):
+        why = (
+            f"layer {lost[0][0].label} of {model.name}: {lost[0][1]}"
+            if lost
+            else (f"none of these layers of {model.name} has a centre")
         )
+        raise NotApplicable(f"--layers: {why}.", model.name)
+    tell_lost(model.name, lost)
     # A branch and the sum that it goes into belong together.
     together = 2 if pre_residual else 1
     found_centres, size = _tried(ready, m, sites)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from vitprobe.running.grids import Placed
 from vitprobe.running.loop import run
 from vitprobe.running.measurement import check_finite
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.ridge import PENALTIES, dual, ridge, signed_targets, standardise
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.places import Placed, Places
+from vitprobe.tracing.places import Places
 
 READOUTS = ("tokens", "CLS", "first patch", "mean", "all")
 # Features of one draw, and the matrices of all solutions at a time, stay below these.

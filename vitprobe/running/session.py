@@ -33,6 +33,7 @@ from vitprobe.statistics.hsic import gram
 from vitprobe.tracing.attention_map import AttentionMap, map_attention
 from vitprobe.tracing.failures import forward_failure
 from vitprobe.tracing.layers import Layer, LayerMap, map_layers
+from vitprobe.tracing.places import Places, find_places
 
 Sums = dict[str, Tensor]
 Found = TypeVar("Found")
@@ -132,6 +133,17 @@ class Session:
         if new and found.remark and processes.is_main_process():
             print(f"vitprobe: {found.remark}", file=sys.stderr)
         return found
+
+    def places(self, m: int, layers: Sequence[Layer]) -> list[Places | str]:
+        """The grid of each of a model's layers, or why it has none; found once for each."""
+        model = self.models[m]
+        known: dict[str, Places | str] = self._found.setdefault(("places", id(model)), {})
+        new = [layer for layer in layers if layer.label not in known]
+        if new:
+            with self.autocast():
+                found = find_places(model.module, new, self.example()[m])
+            known.update(zip((layer.label for layer in new), found))
+        return [known[layer.label] for layer in layers]
 
     def attention(self, m: int) -> AttentionMap:
         """The attention layers of a model, found in passes of the example.

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.layers import Layer
-from vitprobe.tracing.places import Places, find_places
+from vitprobe.tracing.places import Places
 from vitprobe.tracing.trace import AdditionHooks
 
 NO_GRAD = "it runs under torch.no_grad()"
@@ -53,12 +53,10 @@ class Site:
         return self.places.at(tensor, *self.centre)
 
 
-def sites_of(
-    module: nn.Module, layers: Sequence[Layer], example: Tensor, branches: bool
-) -> list[Site]:
+def sites_of(layers: Sequence[Layer], grids: Sequence[Places | str], branches: bool) -> list[Site]:
     """The layers that have a centre; with ``branches``, what goes into each sum before it."""
     sites = []
-    for layer, places in zip(layers, find_places(module, layers, example)):
+    for layer, places in zip(layers, grids):
         if isinstance(places, Places):
             if branches:
                 label = layer.label.replace(" sum", " branch")

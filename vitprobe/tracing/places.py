@@ -8,7 +8,6 @@ the class token: the one that the model's own output reads.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprobe.errors import NotApplicable
-from vitprobe.models.loading import Model
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.class_token import as_they_are, class_tokens
-from vitprobe.tracing.layers import Layer, map_layers
+from vitprobe.tracing.layers import Layer
 from vitprobe.tracing.observing import observing
 from vitprobe.tracing.tokens import (
     IMAGE_STEP,
@@ -122,78 +119,6 @@ class Places:
 
 class Lost(str):
     """Why nobody can tell where the vectors of a layer stand, though they may form a grid."""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A layer with its grid.
-
-    Attributes:
-        layer: of ``map_layers``.
-        places: its grid.
-        model: index of its model.
-        depth: how many of the model's blocks but the first are done by then, from 0 to 1.
-    """
-
-    layer: Layer
-    places: Places
-    model: int
-    depth: float
-
-
-def placed_layers(
-    models: Sequence[Model], examples: Sequence[Tensor], choice: str | Sequence[str]
-) -> tuple[list[Placed], list[str]]:
-    """The chosen layers of all models with their grids, and each model's kind.
-
-    Args:
-        models: to be watched, in the precision of the caller's context.
-        examples: for each model two images as it takes them.
-        choice: ``last`` (the last block that has a grid), ``blocks``, or names with wildcards.
-
-    Raises:
-        VitprobeError: unknown layers, or one named that has no grid; sets pass over those, and a
-            line on stderr names such as may have one. The last block must not be one of these.
-    """
-    wanted = [choice] if isinstance(choice, str) else list(choice)
-    names = ["blocks" if name == "last" else name for name in wanted]
-    found, kinds = [], []
-    for index, (model, example) in enumerate(zip(models, examples)):
-        layer_map = map_layers(model.name, model.module, example)
-        layers = layer_map.choose(names)
-        chosen = list(zip(layers, find_places(model.module, layers, example)))
-        kept = [(layer, places) for layer, places in chosen if isinstance(places, Places)]
-        if not kept or (len(kept) < len(chosen) and not {"blocks", "all", "paper"} & set(names)):
-            bare, why = next(one for one in chosen if not isinstance(one[1], Places))
-            raise NotApplicable(
-                f"The layer {bare.label} of {model.name} has no grid of places: {why}.", model.name
-            )
-        lost = [(layer, why) for layer, why in chosen if isinstance(why, Lost)]
-        if wanted == ["last"]:
-            if lost and lost[-1][0].time > kept[-1][0].time:
-                raise NotApplicable(
-                    f"The layer {lost[-1][0].label} of {model.name}, its last block, has no grid "
-                    f"of places: {lost[-1][1]}. Name another layer.",
-                    model.name,
-                )
-            kept, lost = kept[-1:], []
-        tell_lost(model.name, lost)
-        later = [block.time for block in layer_map.choose("blocks")][1:]
-        for layer, places in kept:
-            depth = float(np.mean([layer.time >= time for time in later])) if later else 1.0
-            found.append(Placed(layer, places, index, depth))
-        kinds.append(_kind(model, layer_map.has_attention, kept[-1][1]))
-    return found, kinds
-
-
-def tell_lost(name: str, lost: Sequence[tuple[Layer, str]]) -> None:
-    """A line on stderr for layers that are left out, as nobody can tell where they stand."""
-    if lost:
-        first, why = lost[0]
-        others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        print(
-            f"vitprobe: {name}: the layer {first.label}{others} left out: {why}.", file=sys.stderr
-        )
 
 
 def find_places(module: nn.Module, layers: Sequence[Layer], example: Tensor) -> list[Places | str]:
@@ -337,13 +262,3 @@ def _ranks(values: np.ndarray) -> tuple[np.ndarray, int]:
     ranks = np.empty(len(values), dtype=int)
     ranks[by_size] = np.cumsum(steps)
     return ranks, int(steps.sum()) + 1
-
-
-def _kind(model: Model, has_attention: bool, places: Places) -> str:
-    if model.untrained:
-        return UNTRAINED
-    if not has_attention:
-        return CONVOLUTION
-    if places.has_class:
-        return CLASS_TOKEN
-    return ON_MAPS if places.is_map else MEAN_OF_TOKENS
