@@ -2,12 +2,14 @@
 
     python analyses/coverage.py
     python analyses/coverage.py --modules swin_transformer resnet --out some
+    python analyses/coverage.py --beyond      # networks of other libraries (extra interop)
 
 Each module's smallest model by parameters, with random weights and at the smallest side that it
 runs at, sees a few random images. Writes ``coverage.csv`` (a row a model) and ``coverage.md``. One
 process a model, with limits of time and memory; what is done stays in ``coverage.partial.csv``
-until all is, so that a run can be interrupted and goes on where it was. Takes about 20 minutes on
-two cores.
+until all is, so that a run can be interrupted and goes on where it was. Takes about 40 minutes on
+two cores. ``--beyond`` does the same for the networks of ``coverage_beyond.py`` and writes
+``coverage_beyond.csv``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,23 +32,30 @@ from typing import Any
 import timm
 import torch
 from benchmarking import table
+from coverage_beyond import networks
 
 from vitprobe import (
     attention_distance,
     attention_rollout,
+    attention_statistics,
     cka,
+    frequency,
     head_subsets,
     linear_probe,
     localization,
+    neighbours,
+    occlusion,
     patch_embedding,
+    patch_pca,
     position_embedding,
     receptive_field,
     skip_ablation,
     skip_ratio,
+    token_norms,
 )
 from vitprobe.errors import VitprobeError
 from vitprobe.images.sources import open_images
-from vitprobe.models.loading import Model, load_model
+from vitprobe.models.loading import Model, load_model, wrap
 from vitprobe.tracing.attention import map_attention
 from vitprobe.tracing.layers import map_layers
 
@@ -57,8 +66,12 @@ YES, ABSENT, NO = "yes", "not in this architecture", "no"
 # How a measurement says that an architecture has nothing for it.
 SAYS_ABSENT = re.compile(
     "has no attention|attends, if at all, in a way|has no residual additions|"
-    "has no position embedding|has no layer of filters"
+    "has no position embedding|has no layer of filters|predicts no classes"
 )
+
+
+Measurements = Mapping[str, Callable[[Model, torch.Tensor], Any]]
+Row = dict[str, Any]
 
 
 class Unhashed(Model):
@@ -106,6 +119,15 @@ MEASUREMENTS: dict[str, Callable[[Model, torch.Tensor], Any]] = {
     "position_embedding": lambda m, x: position_embedding.measure(m),
     "patch_embedding": lambda m, x: patch_embedding.measure(m),
 }
+# Those of the later papers, which look at what the others look at.
+LATER: dict[str, Callable[[Model, torch.Tensor], Any]] = {
+    "token_norms": lambda m, x: token_norms.measure(m, x, **options()),
+    "frequency": lambda m, x: frequency.measure(m, x, **options()),
+    "neighbours": lambda m, x: neighbours.measure(m, x, k=3, **options()),
+    "patch_pca": lambda m, x: patch_pca.measure(m, x, **options()),
+    "attention_statistics": lambda m, x: attention_statistics.measure(m, x, **options()),
+    "occlusion": lambda m, x: occlusion.measure(m, x, levels=[0.5], shuffle=[2], **options()),
+}
 NOTES = """`+` is yes, an empty cell *not in this architecture*. *Heads × layers* counts the layers
 that attend between places of the image. *Sums* are residual additions: one operand goes into the
 other as it is, or both come from one tensor and one has met no weights, or fewer in a projection of
@@ -120,6 +142,12 @@ COUNTS = (
     "heads", "left_out",
 )  # fmt: skip
 COLUMNS = ("module", "model", "parameters", "side", *COUNTS, *MEASUREMENTS, "seconds")
+COLUMNS_BEYOND = (*COLUMNS[:-1], *LATER, "seconds")
+BEYOND = f"""Networks of other libraries, most of them small ones of their classes, and timm's
+smallest ViT in the ways that people have it; random weights, {IMAGES} random images. Made by
+`python analyses/coverage.py --beyond` with the extra `interop`. The networks stand in
+`analyses/coverage_beyond.py`, all counts and lines in
+[coverage_beyond.csv](coverage_beyond.csv)."""
 
 
 def smallest(module: str) -> tuple[str, int]:
@@ -149,7 +177,7 @@ def smallest_side(name: str) -> int:
     raise VitprobeError(f"{name} runs at no side up to {own}: {reason}")
 
 
-def counts(model: Model, images: torch.Tensor) -> dict[str, Any]:
+def counts(model: Model, images: torch.Tensor) -> Row:
     """What of each kind a model has."""
     layers = map_layers(model.name, model.module, images[:2])
     kinds = Counter(addition.kind for addition in layers.trace.additions)
@@ -181,7 +209,7 @@ def outcome(work: Callable[[], Any]) -> str:
     return YES
 
 
-def row(module: str, name: str = "") -> dict[str, Any]:
+def row(module: str, name: str = "") -> Row:
     """Every column of a module's model."""
     began = time.perf_counter()
     name, parameters = (name, 0) if name else smallest(module)
@@ -194,17 +222,52 @@ def row(module: str, name: str = "") -> dict[str, Any]:
         "parameters": parameters or sum(p.numel() for p in model.module.parameters()),
         "side": side,
     }
-    try:
-        found |= counts(model, images)
-    except VitprobeError as error:
-        found["left_out"] = str(error)
-    for measurement, measure in MEASUREMENTS.items():
-        found[measurement] = outcome(lambda measure=measure: measure(model, images))
+    found |= entries(model, images, MEASUREMENTS)
     found["seconds"] = round(time.perf_counter() - began)
     return found
 
 
-def _child(module: str, sender: Connection) -> None:
+def entries(model: Model, images: torch.Tensor, measurements: Measurements) -> Row:
+    """What of each kind a model has, and what each measurement says of it."""
+    found: dict[str, Any] = {}
+    try:
+        found |= counts(model, images)
+    except VitprobeError as error:
+        found["left_out"] = str(error)
+    for measurement, measure in measurements.items():
+        found[measurement] = outcome(lambda measure=measure: measure(model, images))
+    return found
+
+
+def row_beyond(key: str) -> Row:
+    """Every column of a network of another library; the key is ``library: name``."""
+    began = time.perf_counter()
+    library, _, name = key.partition(": ")
+    theirs = networks()[library, name]
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"module": key, "model": name, "side": theirs.side}
+    images = torch.randn(
+        IMAGES, 3, theirs.side, theirs.side, generator=torch.Generator().manual_seed(0)
+    )
+    try:
+        built = theirs.build()
+        model = built if isinstance(built, Model) else wrap(built, name)
+    except VitprobeError as error:
+        found |= {
+            "left_out": str(error),
+            **dict.fromkeys((*MEASUREMENTS, *LATER), f"{NO}: {error}"),
+        }
+    else:
+        model.module.eval()
+        size = 3, theirs.side, theirs.side
+        shown = Unhashed(**{**vars(model), "name": name, "transform": None, "input_size": size})
+        found["parameters"] = sum(p.numel() for p in model.module.parameters())
+        found |= entries(shown, images, MEASUREMENTS | LATER)
+    found["seconds"] = round(time.perf_counter() - began)
+    return found
+
+
+def _child(work: Callable[[str], Row], module: str, sender: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_GIB << 30,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_CPU_SECONDS,) * 2)
     # Settings of the whole process, so here and not where the measurements are made.
@@ -212,16 +275,16 @@ def _child(module: str, sender: Connection) -> None:
     # Gradients of an untrained DenseNet are denormal numbers, a hundred times as slow on a CPU.
     torch.set_flush_denormal(True)
     try:
-        sender.send(row(module))
+        sender.send(work(module))
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), "")
         sender.send({"module": module, "left_out": f"{type(error).__name__}: {line}"})
 
 
-def in_a_process(context: Any, module: str) -> dict[str, Any]:
-    """``row`` in a process of its own, which ends when its time is over."""
+def in_a_process(context: Any, work: Callable[[str], Row], module: str) -> Row:
+    """A row in a process of its own, which ends when its time is over."""
     receiver, sender = context.Pipe(False)
-    process = context.Process(target=_child, args=(module, sender))
+    process = context.Process(target=_child, args=(work, module, sender))
     process.start()
     sender.close()
     try:
@@ -239,11 +302,13 @@ def status(row: dict[str, Any], measurement: str) -> str:
     return (row.get(measurement) or NO).split(":")[0]
 
 
-def reasons(rows: list[dict[str, Any]], wanted: str) -> list[str]:
+def reasons(
+    rows: list[Row], wanted: str, measurements: Iterable[str] = tuple(MEASUREMENTS)
+) -> list[str]:
     """A line for each reason of a status, with the models that have it."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        for measurement in MEASUREMENTS:
+        for measurement in measurements:
             if status(row, measurement) == wanted:
                 text = (row.get(measurement) or row["left_out"]).partition(": ")[2]
                 text = text.replace(f"{row.get('model')} (random)", "MODEL")
@@ -252,25 +317,34 @@ def reasons(rows: list[dict[str, Any]], wanted: str) -> list[str]:
     return [f"- {line} ({len(who)}: {', '.join(who)})" for line, who in sorted(found.items())]
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The totals, the table, and the reasons below it."""
-    statuses = (YES, ABSENT, NO)
-    head = ["", *(name.replace("_", " ") for name in MEASUREMENTS)]
-    totals = [
-        [of, *(str(sum(status(row, m) == of for row in rows)) for m in MEASUREMENTS)]
-        for of in statuses
-    ]
-    sign = dict(zip(statuses, ("+", "", "**no**")))
+def totals(rows: list[Row], measurements: Iterable[str]) -> str:
+    """How many of the rows have each status."""
+    head = ["", *(name.replace("_", " ") for name in measurements)]
     body = [
+        [of, *(str(sum(status(row, m) == of for row in rows)) for m in measurements)]
+        for of in (YES, ABSENT, NO)
+    ]
+    return table(head, body)
+
+
+def body(rows: list[Row], measurements: Iterable[str], first: Iterable[str]) -> str:
+    """A line a model: its counts and, for each measurement, the sign of its status."""
+    sign = {YES: "+", ABSENT: "", NO: "**no**"}
+    lines = [
         [
-            row["module"], row.get("model", ""), str(row.get("side", "")),
+            *(str(row.get(column, "")) for column in first), str(row.get("side", "")),
             row.get("heads", "").replace("x", "×"), str(row.get("additions", "")),
             str(row.get("blocks", "")), str(row.get("layers", "")),
-            *(sign[status(row, m)] for m in MEASUREMENTS),
+            *(sign[status(row, m)] for m in measurements),
         ]
         for row in rows
     ]  # fmt: skip
-    columns = ["module", "model", "px", "heads × layers", "sums", "blocks", "layers", *head[1:]]
+    columns = [*first, "px", "heads × layers", "sums", "blocks", "layers"]
+    return table([*columns, *(name.replace("_", " ") for name in measurements)], lines)
+
+
+def markdown(rows: list[Row], theirs: list[Row]) -> str:
+    """The totals, the table, and the reasons below it; then the same for other libraries."""
     everything = set(timm.list_modules())
     parts = [
         f"# The smallest model of {len(rows)} of timm {timm.__version__}'s {len(everything)} "
@@ -279,47 +353,77 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "Random weights, the smallest side at which the model runs and keeps a grid, "
         f"{IMAGES} random images. Made by `python analyses/coverage.py`; all counts and lines "
         "are in [coverage.csv](coverage.csv).",
-        table(head, totals),
+        totals(rows, MEASUREMENTS),
         NOTES,
-        table(columns, body),
+        body(rows, MEASUREMENTS, ("module", "model")),
         f"## {NO.capitalize()}",
         "\n".join(reasons(rows, NO)) or "None.",
         f"## {ABSENT.capitalize()}",
         "The line that the user sees, and for how many of the models.",
         "\n".join(reasons(rows, ABSENT)),
     ]
+    if theirs:
+        both = [*MEASUREMENTS, *LATER]
+        parts += [
+            "## Beyond timm",
+            BEYOND,
+            totals(theirs, both),
+            body(theirs, both, ("module",)),
+            f"### {NO.capitalize()}, beyond timm",
+            "\n".join(reasons(theirs, NO, both)) or "None.",
+            f"### {ABSENT.capitalize()}, beyond timm",
+            "\n".join(reasons(theirs, ABSENT, both)),
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a table; none where there is no such file."""
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def write(path: Path, columns: Sequence[str], rows: list[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--modules", nargs="+", default=timm.list_modules())
+    parser.add_argument("--modules", nargs="+", metavar="NAME", help="of timm; all by default")
+    parser.add_argument("--beyond", action="store_true", help="networks of other libraries")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "figures")
     args = parser.parse_args()
-    partial = args.out / "coverage.partial.csv"
-    rows = list(csv.DictReader(partial.open())) if partial.exists() else []
+    if args.beyond:
+        stem, work, columns = "coverage_beyond", row_beyond, COLUMNS_BEYOND
+        wanted = [": ".join(key) for key, one in networks().items() if one.is_there]
+    else:
+        stem, work, columns = "coverage", row, COLUMNS
+        wanted = args.modules or timm.list_modules()
+    partial = args.out / f"{stem}.partial.csv"
+    rows = read(partial)
     done = {one["module"] for one in rows}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"vitprobe.{name}" for name in MEASUREMENTS])
-    for module in args.modules:
+    context.set_forkserver_preload([f"vitprobe.{name}" for name in (*MEASUREMENTS, *LATER)])
+    for module in wanted:
         if module in done:
             continue
-        found = in_a_process(context, module)
+        found = in_a_process(context, work, module)
         with partial.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, columns)
             if not rows:
                 writer.writeheader()
             writer.writerow(found)
         rows.append(found)
-        tally = Counter(status(found, measurement) for measurement in MEASUREMENTS)
+        tally = Counter(status(found, m) for m in (*MEASUREMENTS, *LATER) if m in columns)
         print(module, found.get("model"), dict(tally), f"{found.get('seconds')} s", flush=True)
-    rows.sort(key=lambda row: row["module"])
-    with (args.out / "coverage.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    (args.out / "coverage.md").write_text(markdown(rows))
+    if not args.beyond:
+        rows.sort(key=lambda row: row["module"])
+    write(args.out / f"{stem}.csv", columns, rows)
+    timms, theirs = (read(args.out / f"{one}.csv") for one in ("coverage", "coverage_beyond"))
+    (args.out / "coverage.md").write_text(markdown(timms, theirs))
     partial.unlink(missing_ok=True)
 
 

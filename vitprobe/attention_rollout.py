@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -294,6 +295,13 @@ def _class_token(ready: Session, m: int, found: AttentionMap) -> int | None:
 def _one_set_of_tokens(found: AttentionMap) -> AttentionMap:
     found.require("attention rollout")
     first = found.layers[0]
+    for one, layer in pairwise(found.layers):
+        if one.ordinal not in layer.behind:
+            raise NotApplicable(
+                f"{found.model} has no attention rollout: {one.label} and {layer.label} attend "
+                f"side by side, not one after the other.",
+                found.model,
+            )
     for layer in found.layers:
         for side in (layer.queries, layer.keys):
             if len(side) > 1 or not np.array_equal(side, first.queries, equal_nan=True):

@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from vitprobe.errors import shown
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is sharded, sparse or quantised, as numbers side by side."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
 @dataclass(frozen=True)
 class Model:
     """A network with what a measurement must know about it.
@@ -60,7 +69,7 @@ class Model:
                 # What a module keeps beside its tensors (get_extra_state).
                 digest.update(f"{name} {tensor!r}".encode(errors="surrogatepass"))
                 continue
-            tensor = tensor.detach().cpu().contiguous()
+            tensor = _plain(tensor.detach()).cpu().contiguous()
             about = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
             digest.update(about.encode(errors="surrogatepass"))
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from vitprobe.errors import VitprobeError
@@ -48,7 +49,9 @@ def wrap(
     _check_watchable(module, name)
     timm_name = key = ""
     # Adapters hand on the attributes of the network inside them.
-    if transform is None and getattr(module, "pretrained_cfg", None):
+    if transform is None and isinstance(
+        getattr(module, "pretrained_cfg", None), dict | PretrainedCfg
+    ):
         transform, size, key = timm_transform(module, input_size[1] if input_size else None)
         input_size = input_size or size
         timm_name = str(config_of(module).get("architecture") or "")
@@ -89,6 +92,11 @@ def _check_watchable(module: nn.Module, name: str) -> None:
         if nn.parameter.is_lazy(parameter):
             raise VitprobeError(
                 f"{key} of {name} has no shape yet: run the module once on images before."
+            )
+        if parameter.is_meta:
+            raise VitprobeError(
+                f"{key} of {name} has no numbers (it is on the device 'meta'): load weights first, "
+                f"or create the module on a device that has memory."
             )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprobe.errors import VitprobeError
+
 from .observing import Observer, StandIn, in_own_precision, observing
 
 ADDS: set[Callable] = {
@@ -55,6 +57,10 @@ Before = Callable[[Tensor, Tensor], Tensor | None]
 After = Callable[[Tensor], Any]
 
 
+class OtherPass(VitprobeError, RuntimeError):
+    """A pass does other things than the recorded one did: its steps depend on its images."""
+
+
 class AdditionHooks(Observer):
     """Call back at chosen additions of ``module``'s forward passes, while in the ``with`` block.
 
@@ -65,8 +71,8 @@ class AdditionHooks(Observer):
     of the last entered counts.
 
     Additions are found again by counting, so hooks of others that add tensors during the
-    pass must do so ``with unobserved():``. Each complete pass is checked; ``RuntimeError``
-    if it does not add as the recorded one did, or if no pass was complete.
+    pass must do so ``with unobserved():``. Each complete pass is checked; ``OtherPass``
+    if it does not add as the recorded one did, ``RuntimeError`` if no pass was complete.
     """
 
     functions: Collection[Callable] | None = ADDS
@@ -105,9 +111,10 @@ class AdditionHooks(Observer):
     def end(self) -> None:
         for addition, *_ in self._asked.values():
             if self._count != addition.total:
-                raise RuntimeError(
-                    f"cannot tell the residual addition of {_name(addition)}: the pass made "
-                    f"{self._count} additions, the recorded one {addition.total}"
+                raise OtherPass(
+                    f"No addition can be told for the residual one of {_name(addition)}: the pass "
+                    f"made {self._count} additions, the recorded one {addition.total}. A pass "
+                    f"whose steps depend on its images, or on their number, cannot be watched."
                 )
         self._complete = True
 
@@ -124,9 +131,9 @@ class AdditionHooks(Observer):
         # The batch may differ; it need not be the first dimension.
         differing = sum(a != b for a, b in zip(shape, addition.shape, strict=False))
         if pair[0].shape != pair[1].shape or len(shape) != len(addition.shape) or differing > 1:
-            raise RuntimeError(
-                f"the residual addition of {_name(addition)} was recorded with shape "
-                f"{addition.shape}, now it adds {tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
+            raise OtherPass(
+                f"The residual addition of {_name(addition)} was recorded with shape "
+                f"{addition.shape}, now it adds {tuple(pair[0].shape)} and {tuple(pair[1].shape)}."
             )
         if before is None:
             return None

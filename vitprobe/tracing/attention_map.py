@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vitprobe.errors import NotApplicable
 from vitprobe.tracing.attention_operations import PRODUCTS, AttentionObserver, Operation
 from vitprobe.tracing.masks import follow_masks
-from vitprobe.tracing.observing import observing
+from vitprobe.tracing.observing import observing, parts
 from vitprobe.tracing.outside import Origins
 from vitprobe.tracing.rows import examine
 from vitprobe.tracing.special_cases import NO_PROBABILITIES
@@ -37,6 +37,7 @@ from vitprobe.tracing.tokens import (
 from vitprobe.tracing.trace import tensors
 
 _QUERIES_LOST = "where its queries stand cannot be told"
+_KEYS_LOST = "where its keys stand cannot be told"
 _ROWS_LOST = "its rows do not belong to one image each"
 _PRODUCT = "it multiplies what it has made of the image with itself, without a softmax"
 
@@ -57,6 +58,7 @@ class AttentionLayer:
         keys: (groups, keys, 2).
         masked: (groups, queries, keys) pairs that no head may attend to, as the operation's own
             mask says; None: there are none.
+        behind: the ordinals of the operations whose outputs its operands are made of.
     """
 
     label: str
@@ -68,6 +70,7 @@ class AttentionLayer:
     queries: np.ndarray
     keys: np.ndarray
     masked: np.ndarray | None = None
+    behind: frozenset[int] = frozenset()
 
     @property
     def heads(self) -> int:
@@ -166,11 +169,15 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
         if isinstance(layout, str):
             left_out[numbered] = layout
         else:
-            layer = AttentionLayer(numbered, ordinal, *layout)
+            layer = AttentionLayer(numbered, ordinal, *layout, behind=mapper.behind[ordinal])
             layers.append(
                 layer if hidden is None else replace(layer, masked=_masked(layer, hidden))
             )
-    unread = {label: why for label, why in left_out.items() if why in (_QUERIES_LOST, _ROWS_LOST)}
+    unread = {
+        label: why
+        for label, why in left_out.items()
+        if why in (_QUERIES_LOST, _KEYS_LOST, _ROWS_LOST)
+    }
     if not mapper.found:
         unread |= {label: left_out.get(label, why) for label, why in mapper.products.items()}
     unread |= mapper.outside
@@ -190,12 +197,13 @@ class _Mapper(AttentionObserver):
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__()
         self.name = name
-        self.names = {child: child_name for child_name, child in module.named_modules()}
+        self.names = {child: child_name for child_name, child in parts(module)}
         self.stack: list[nn.Module] = []
         self.found: list[tuple[str, tuple | str, Tensor | None]] = []
         self.unused: dict[int, tuple[str, str | None]] = {}  # softmax -> label, special case
         self.products: dict[str, str] = {}  # label -> what may be attention without a softmax
         self.outside: dict[str, str] = {}
+        self.behind: list[frozenset[int]] = []  # of each operation
         self.origins = Origins(module)
 
     @contextmanager
@@ -224,8 +232,13 @@ class _Mapper(AttentionObserver):
         follow(function, args, kwargs, result)
         follow_masks(function, args, kwargs, result)
         super().after(function, args, kwargs, result)
-        for _, tensor in tensors(result):
+        before: frozenset[int] = frozenset().union(*map(_made_of, given))
+        new = range(len(self.behind), len(self.found))
+        self.behind += [before] * len(new)
+        for _, tensor in tensors((args[0],) if function is Tensor.__setitem__ else result):
             self.origins.know(tensor)
+            if before or new:
+                tensor._vitprobe_made_of = before.union(new)  # type: ignore[attr-defined]
 
     def note_softmax(self) -> None:
         self.unused[self.softmaxes - 1] = self._label(), self._special_case()
@@ -247,6 +260,10 @@ class _Mapper(AttentionObserver):
 
     def _layout(self, label: str, operation: Operation) -> tuple | str:
         leading = operation.leading()
+        if isinstance(place_of(operation.query), Tensor | None) and isinstance(
+            place_of(operation.key), str
+        ):
+            return _KEYS_LOST
         # The keys first: channels that attend to channels have no rows that could be placed.
         keys = self._tokens(label, operation, operation.key, leading)
         queries = keys if keys is None else self._tokens(label, operation, operation.query, leading)
@@ -283,6 +300,11 @@ class _Mapper(AttentionObserver):
         elif tensor is operation.key:
             place = operation.grown(place[..., None])[..., 0]
         return place.expand(*leading, place.shape[-1])
+
+
+def _made_of(tensor: Tensor) -> frozenset[int]:
+    """The attention operations of the pass whose outputs went into a tensor."""
+    return getattr(tensor, "_vitprobe_made_of", frozenset())
 
 
 def _layout(queries: Tensor, keys: Tensor, leading: tuple[int, ...]) -> tuple | None:

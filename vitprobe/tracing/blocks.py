@@ -61,7 +61,7 @@ def find_blocks(trace: Trace, modules: dict[str, nn.Module]) -> list[Place | Add
         if ends is None:
             alone.append(unit)
         else:
-            found += ends
+            found += ends + _without_a_skip(unit, trace)
     whole = _made_of_unlike(alone, trace, modules)
     alone = [one for one in alone if not any(unit.contains(one) for unit in whole)] + whole
     for unit in alone:
@@ -198,6 +198,57 @@ def _iterations(
     if not repeated and (not unit.call.name or len(steps) > 2):
         return [step[-1] for step in steps]
     return None
+
+
+def _without_a_skip(unit: _Unit, trace: Trace) -> list[Place]:
+    """What stands in a row with the branches of a loop and is a block without an addition.
+
+    A strided module that the loop takes as it is, or, of a flattened network, the part that such a
+    module was.
+    """
+    inner = [call for call in trace.calls if contains(unit.call, call)]
+    called = {call.name for call in inner}
+    work = {name for step in unit.steps for addition in step for name in addition.branch_modules}
+    known = {part for name in work for part in _parts_of(name)}
+    rows = {pattern(step[-1].part) for step in unit.steps if step[-1].part}
+    rows |= {
+        pattern(top) for step in unit.steps if (top := _top(step[-1], unit, called)) is not None
+    }
+    parts: dict[str, list[Call]] = {}
+    for call in inner:
+        for name in _parts_of(call.name):
+            if pattern(name) in rows and name not in known:
+                parts.setdefault(name, []).append(call)
+    found = []
+    for calls in parts.values():
+        first, last = calls[0], calls[-1]
+        if sum(call.name == last.name for call in calls) > 1:
+            continue
+        place, into = any_output(last), node_of(first.inputs)
+        if place is None or into is None or _takes_the_image(first, trace.nodes):
+            continue
+        out = node_of(last.outputs)
+        if out is not None and trace.nodes[out].weights - trace.nodes[into].weights > 1:
+            found.append(place)
+    return found
+
+
+def _top(addition: Addition, unit: _Unit, called: set[str]) -> str | None:
+    """The one module, called by a loop itself, that does all the work of a branch."""
+    start = unit.call.name.count(".") + 1 if unit.call.name else 0
+    tops = set()
+    for name in addition.branch_modules:
+        if name == unit.call.name:
+            continue
+        outer = [part for part in _parts_of(name) if part in called and part.count(".") >= start]
+        tops |= set(outer[:1])
+    return tops.pop() if len(tops) == 1 else None
+
+
+def _parts_of(name: str) -> list[str]:
+    """A qualified name and those of the modules that it is in, the outermost first."""
+    pieces = name.split(".")
+    return [".".join(pieces[: i + 1]) for i in range(len(pieces))]
 
 
 def _repeats(values: Sequence, period: int) -> bool:

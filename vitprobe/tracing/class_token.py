@@ -8,7 +8,6 @@ on as one mark, has been picked out of the tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,16 @@ from vitprobe.tracing.trace import tensors
 _PICKING = {"getitem", "select", "index_select", "narrow", "split", "chunk", "unbind", "gather"}
 
 
+class _AsItIs(Layer):
+    """A layer whose tensor is not rearranged, so that marks stay on it."""
+
+    def by_image(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
 def as_they_are(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers, to be captured without a rearrangement, so that marks stay on their tensors."""
-    return [replace(layer, axis=0, fold=1) for layer in layers]
+    """The layers, to be captured without a rearrangement."""
+    return [_AsItIs(**vars(layer)) for layer in layers]
 
 
 def class_tokens(

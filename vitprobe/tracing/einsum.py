@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_letters
+from typing import Any
 
 from torch import Tensor
 
@@ -44,6 +45,22 @@ def subscripts(args: tuple) -> Subscripts | None:
     if any(len(name) != one.ndim for name, one in zip(names, given)):
         return None
     return Subscripts(tuple(names), output, tuple(given))
+
+
+def of_tensordot(args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+    """The arguments of the ``einsum`` that a ``tensordot`` is."""
+    one, other = args[:2]
+    axes = args[2] if len(args) > 2 else kwargs.get("dims", 2)
+    if isinstance(axes, int):
+        left, right = list(range(one.ndim - axes, one.ndim)), list(range(axes))
+    else:
+        left, right = ([axis % t.ndim for axis in some] for some, t in zip(axes, (one, other)))
+    names = ascii_letters[: one.ndim]
+    rest = iter(ascii_letters[one.ndim :])
+    met = {axis: names[i] for i, axis in zip(left, right)}
+    others = "".join(met.get(axis) or next(rest) for axis in range(other.ndim))
+    output = [x for x in names + others if x not in met.values()]
+    return f"{names},{others}->{''.join(output)}", one, other
 
 
 @dataclass(frozen=True)

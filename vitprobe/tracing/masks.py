@@ -57,7 +57,7 @@ def follow_masks(function: Any, args: tuple, kwargs: Mapping[str, Any], result: 
     given = [tensor for _, tensor in tensors((args, kwargs))]
     if any(map(_learned, given)):
         for tensor in found:
-            if place_of(tensor) is None:
+            if place_of(tensor) is None and not _learned(tensor):
                 tensor._vitprobe_learned = True  # type: ignore[attr-defined]
     if len(found) == 1 and found[0].is_floating_point():
         if name in _ADDING and name != "sub":

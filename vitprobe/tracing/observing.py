@@ -54,6 +54,13 @@ class Observer:
         """An operation has run."""
 
 
+def parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a module, by qualified name, that can be hooked: not the scripted ones."""
+    for name, part in module.named_modules():
+        if not isinstance(part, torch.jit.ScriptModule):
+            yield name, part
+
+
 def eagerly() -> AbstractContextManager[Any]:
     """Within it, what has been compiled runs operation by operation, so that it can be seen.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprobe.tracing.einsum import subscripts
+from vitprobe.tracing.einsum import of_tensordot, subscripts
 from vitprobe.tracing.place_arithmetic import (
     NOWHERE,
     TOLERANCE_PX,
@@ -116,6 +116,11 @@ def _product(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]
     if isinstance(right, Tensor) and spread(right, -2) < TOLERANCE_PX:
         return [_expanded(middle(right, -2), -2, found[0])]
     return ["matmul"]
+
+
+def _tensordot(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
+    place = einsum_place(of_tensordot(args, kwargs), found[0])
+    return ["tensordot" if place is None else place]
 
 
 def _einsum(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
@@ -281,11 +286,39 @@ def assign(target: Tensor, index: Any, value: Any) -> None:
     put(target, place)
 
 
+def written_into(tensor: Tensor) -> None:
+    """Carry the places of a tensor that an operation has written into to what it is a view of."""
+    base, place = tensor._base, place_of(tensor)
+    if base is None or place is None:
+        return
+    old = place_of(base)
+    if isinstance(place, str) or isinstance(old, str):
+        put(base, place if isinstance(place, str) else str(old))
+        return
+    if not base.is_contiguous():
+        if old is None:
+            put(base, "a part that is written into")
+        return
+    whole = (nowhere(base) if old is None else old).clone(memory_format=torch.contiguous_format)
+    offset = int(tensor.storage_offset()) - int(base.storage_offset())
+    whole.as_strided(tensor.shape, tensor.stride(), offset).copy_(place)
+    put(base, whole)
+
+
 def on_cpu(index: Any) -> Any:
     """An index whose tensors are where places are."""
     if isinstance(index, Tensor):
         return index.cpu()
     return tuple(map(on_cpu, index)) if isinstance(index, tuple) else index
+
+
+def _copy(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
+    """What has been copied stands where it came from; numbers of no image stand nowhere."""
+    source = args[1] if len(args) > 1 else kwargs["src"]
+    place = place_of(source)
+    if isinstance(place, str):
+        return [place]
+    return [nowhere(found[0]) if place is None else place.expand(found[0].shape)]
 
 
 def _many(value: Any, count: int) -> tuple[int, ...]:
@@ -316,6 +349,8 @@ RULES: dict[str, Callable[..., Sequence[Tensor | str]]] = {
     **dict.fromkeys(_RESAMPLES, _resample),
     "linear": _linear,
     "einsum": _einsum,
+    "tensordot": _tensordot,
     "pad": _pad,
     "unfold": _unfold,
+    "copy": _copy,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitprobe.tracing.additions import ADDS, operands
-from vitprobe.tracing.observing import observing
+from vitprobe.tracing.masks import FAR
+from vitprobe.tracing.observing import observing, parts
 from vitprobe.tracing.places import Places, grid_of, order_of
 from vitprobe.tracing.scores import Scores, columns_of, is_map, product_of
 from vitprobe.tracing.tokens import middle, place_of, put_pixels
 from vitprobe.tracing.trace import tensors
 
+_SUBTRACTS = {
+    torch.sub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__,
+}  # fmt: skip
 # How far a bias may be from one that depends on the offset alone, relative to its range.
 _TOLERANCE = 1e-4
 
@@ -86,7 +90,11 @@ def find_positions(module: nn.Module, example: Tensor) -> Positions:
         put_pixels(inputs)
         with watch.modules(), observing(module, watch):
             module(inputs)
-    return Positions(watch.tables, _by_module(watch.biases))
+    biases = [
+        replace(one, values=one.values[:, ::-1, ::-1]) if one.product in watch.turned else one
+        for one in watch.biases
+    ]
+    return Positions(watch.tables, _by_module(biases))
 
 
 @dataclass(frozen=True)
@@ -107,12 +115,12 @@ def _by_module(found: list[_Bias]) -> list[tuple[str, np.ndarray]]:
     for (module, call, _), values in sums.items():
         calls.setdefault((module, call), []).append(values)
     labelled = []
-    for (module, call), parts in calls.items():
+    for (module, call), pieces in calls.items():
         times = sum(other == module for other, _ in calls)
         label = f"{module or 'output'}:{call + 1}" if times > 1 else module or "output"
-        if len({part.shape[1:] for part in parts}) == 1:
-            parts = [np.concatenate(parts)]
-        labelled += [(label, part) for part in parts]
+        if len({part.shape[1:] for part in pieces}) == 1:
+            pieces = [np.concatenate(pieces)]
+        labelled += [(label, part) for part in pieces]
     return labelled
 
 
@@ -147,7 +155,7 @@ class _Added(Scores):
             self.stack.pop()
 
         with ExitStack() as hooks:
-            for name, part in self.module.named_modules():
+            for name, part in parts(self.module):
                 before = part.register_forward_pre_hook(entering(name))
                 hooks.callback(before.remove)
                 hooks.callback(part.register_forward_hook(leave, always_call=True).remove)
@@ -158,9 +166,13 @@ class _Added(Scores):
             self._fused(*args, **kwargs)
         elif function is F.multi_head_attention_forward:
             self._pytorchs(args, kwargs)
-        elif function in ADDS and (pair := operands(args, kwargs)):
-            for one, other in (pair, pair[::-1]):
+        elif function in ADDS | _SUBTRACTS and (pair := operands(args, kwargs)):
+            factor = kwargs.get("alpha", 1) * (-1 if function in _SUBTRACTS else 1)
+            for (one, other), times in ((pair, factor), (pair[::-1], 1)):
                 if isinstance(place_of(one), Tensor) and _constant(other):
+                    if times != 1:
+                        name, other = self._name(other), times * other
+                        other._vitprobe_name = name  # type: ignore[attr-defined]
                     self._plus(one, other)
         super().after(function, args, kwargs, result)
         self._follow_names(args, kwargs, result)
@@ -237,7 +249,8 @@ class _Added(Scores):
             return
         name = next((found for tensor in given if (found := self._name(tensor))), "")
         for _, tensor in tensors(result):
-            tensor._vitprobe_name = name  # type: ignore[attr-defined]
+            if name and self._name(tensor) != name:
+                tensor._vitprobe_name = name  # type: ignore[attr-defined]
 
     def _name(self, tensor: Tensor) -> str:
         held = self.names.get(tensor.untyped_storage().data_ptr(), "")
@@ -258,6 +271,8 @@ class _Added(Scores):
         inner = every[leading][:, tokens][:, :, tokens]
         if (inner == inner.flatten()[0]).all() and (every != inner.flatten()[0]).any():
             return  # a mask, which hides nothing here
+        if inner.amin() <= FAR and ((inner == 0) | (inner == inner.amin())).all():
+            return  # a mask, of whom a token sees by its offset
         found = by_offset(inner, *order.shape)
         if _by_pairs(found, order.shape[1], inner):
             self.biases.append(_Bias(*self.stack[-1], product, found))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitprobe.tracing.einsum import of_tensordot
+from vitprobe.tracing.operations import BLANK
 from vitprobe.tracing.place_arithmetic import mover
 from vitprobe.tracing.place_rules import on_cpu
 from vitprobe.tracing.reach_windows import Size, convolve, many, pool, resize, unfold
@@ -31,9 +33,7 @@ from vitprobe.tracing.tokens import MOVING
 from vitprobe.tracing.trace import tensors
 
 # Their values do not depend on any tensor given.
-_BLANK = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "size", "dim"} | {
-    f"{name}_like" for name in ("empty", "zeros", "ones", "full", "rand", "randn")
-}
+_BLANK = BLANK | {"size", "dim"}
 _FIRST_ONLY = {"to", "type_as"}
 _POINTWISE = (
     "add sub mul div iadd isub imul idiv itruediv radd rsub rmul rdiv truediv rtruediv floordiv "
@@ -111,6 +111,15 @@ def _first(
     _: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor], size: Size
 ) -> list[Reach]:
     return [own_reach(args[0])]
+
+
+def _copy(
+    _: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor], size: Size
+) -> list[Reach]:
+    reach = reach_of(args[1] if len(args) > 1 else kwargs["src"])
+    if reach is None:
+        return [tuple(nothing(found[0].shape) for _ in range(5))]
+    return [each(reach, lambda part: part.expand(found[0].shape))]
 
 
 def _move(
@@ -309,8 +318,12 @@ _RULES: dict[str, Callable[..., Any]] = {
     "local_response_norm": _along(lambda args, kwargs: [1]),
     "normalize": _along(_normalize_axes),
     "scaled_dot_product_attention": _attention,
+    "copy": _copy,
     "linear": _linear,
     "einsum": _einsum,
+    "tensordot": lambda function, args, kwargs, found, size: _einsum(
+        function, of_tensordot(args, kwargs), {}, found, size
+    ),
     "glu": _glu,
     "pad": _pad,
     "unfold": _unfold,

@@ -9,9 +9,9 @@ and one operand is its skip, if
 2. ``view``: since their newest common ancestor (the fork) the skip met no weighted
    operation and the branch at least two (pooled or sliced skips), or the skip nothing that
    works on it at all and the branch at least two things that do (scaled skips);
-3. ``projection``: the skip met fewer weighted operations than the branch, the branch at
-   least two, none lies between the input of the module that adds and the fork, and neither
-   is made of another input of that module that comes after the fork (a fusion).
+3. ``projection``: the skip met one weighted operation and the branch at least two, none lies
+   between the input of the module that adds and the fork, and neither is made of another input
+   of that module that comes after the fork (a fusion).
 
 A weighted operation takes a tensor that does not depend on the input and has at least two
 dimensions above 1. Those, normalisations, pooling and products of two tensors are work.
@@ -44,8 +44,8 @@ _LINEAR = (
     "rot90"
 )
 _LINEAR_IN_ONE = (
-    "mul imul rmul matmul rmatmul bmm mm baddbmm addmm einsum linear conv1d conv2d conv3d "
-    "conv_transpose1d conv_transpose2d conv_transpose3d bilinear lerp"
+    "mul imul rmul matmul rmatmul bmm mm baddbmm addmm einsum tensordot linear conv1d conv2d "
+    "conv3d conv_transpose1d conv_transpose2d conv_transpose3d bilinear lerp"
 )
 _ALWAYS = dict.fromkeys(_LINEAR.split())
 _IN_ONE = dict.fromkeys(_LINEAR_IN_ONE.split())
@@ -156,6 +156,8 @@ def classify(
     skip = depth.index(min(depth))
     if depth[skip] == 0:
         return Kind("view", skip, fork)
+    if depth[skip] > 1:
+        return None  # networks side by side
     later = [given for given in inputs if given.descends(fork)]
     branch = pair[1 - skip]
     if any(branch is one or branch.descends(one) or pair[skip].descends(one) for one in later):

@@ -2,25 +2,33 @@
 
 Values tell, not norms: image A has the same values in a batch (A, B) as in a batch (B, A, C), and
 so has B, unless images see each other or the pass is random. A norm behind a normalisation would
-see neither.
+see neither. A pass that draws random numbers is made several times more: what is drawn may well be
+the same twice.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import VitprobeError
+from vitprobe.tracing.observing import parts
 from vitprobe.tracing.trace import Addition, AdditionHooks, tensors, unobserved
 
 # An image in one batch and in another differs by rounding only: measured up to 1e-5 in float32 and
 # 2e-2 in bfloat16. Rows of mixed images differ by far more.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+# C is brighter than A and B, so that a largest value of the batch is another one.
+_BRIGHTER = 2.0
+# How often a pass that draws random numbers is made again: one of ten images dropped is found.
+_REPEATS = 16
 # So few values of a row tell; an odd step reaches every channel and place.
 _VALUES = 4096
 
@@ -99,7 +107,9 @@ def examine(
     if torch.equal(first, second):
         second = first.flip(-2)
     pair = torch.cat([first, second])
-    triple = torch.cat([second, first, first.flip(-1)])
+    bright, plain = (
+        torch.cat([second, first, factor * first.flip(-1)]) for factor in (_BRIGHTER, 1)
+    )
     if shapes is None:
         known: dict[Key, tuple[int, ...]] = {}
         _watch(module, pair, [], lambda key, tensor: known.setdefault(key, tuple(tensor.shape)))
@@ -120,8 +130,16 @@ def examine(
 
     three: dict[Key, list[Tensor]] = {}
     two: dict[Key, list[Tensor]] = {}
-    _watch(module, triple, additions, into(three))
+    before = _generators(example)
+    try:
+        _watch(module, bright, additions, into(three))
+    except VitprobeError:
+        raise
+    except Exception:
+        # It checks the range of its images.
+        _watch(module, plain, additions, into(three))
     _watch(module, pair, additions, into(two))
+    draws = before != _generators(example)
     rows: dict[Key, Rows] = {}
     mixed: list[Key] = []
     for key, layout in layouts.items():
@@ -133,16 +151,17 @@ def examine(
                 break
         else:
             mixed.append(key)
-    if mixed:
+    for _ in range(_REPEATS if draws else bool(mixed)):
         again: dict[Key, list[Tensor]] = {}
         _watch(module, pair, additions, into(again))
-        for key in mixed:
+        for key in two if draws else mixed:
             if key in again and not _same(again[key][0], two[key][0]):
                 raise VitprobeError(
                     f"{name} gives other values for the same images each time, from {told(key)} "
                     f"on: the pass is random (dropout, noise, masking), and what is measured of it "
                     f"would be, too."
                 )
+    if mixed:
         outputs = [key for key in layouts if isinstance(key, tuple) and not key[0]]
         inner = [key for key in mixed if key not in outputs]
         if inner and outputs and all(key in mixed for key in outputs):
@@ -151,6 +170,14 @@ def examine(
                 f"layers have no rows that belong to one image each."
             )
     return Examined(rows, mixed)
+
+
+def _generators(tensor: Tensor) -> list[bytes]:
+    """Where the generators of random numbers stand: torch's, of the device too, and Python's."""
+    modules = [torch] + [torch.get_device_module(tensor.device)] * (tensor.device.type != "cpu")
+    states = [module.get_rng_state().numpy().tobytes() for module in modules]
+    others = random.getstate(), np.random.get_state()[1:]
+    return [*states, *(repr(state).encode() for state in others)]
 
 
 def told(key: Key) -> str:
@@ -200,7 +227,7 @@ def _watch(
                     take((name, index, suffix), tensor)
 
     with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
-        for name, child in module.named_modules():
+        for name, child in parts(module):
             stack.callback(child.register_forward_hook(partial(left, name)).remove)
         if additions:
             hooks = {addition: partial(take, addition) for addition in additions}

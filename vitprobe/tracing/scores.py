@@ -42,6 +42,7 @@ class Scores(Following):
     def __init__(self) -> None:
         super().__init__()
         self.products = 0
+        self.turned: set[int] = set()  # products whose softmax is over their rows
 
     def after(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         super().after(function, args, kwargs, result)
@@ -58,6 +59,8 @@ class Scores(Following):
         elif source is None:
             return
         elif is_map(source) or function in SOFTMAXES:
+            if function in SOFTMAXES and _over_rows(source, args, kwargs):
+                self.turned.add(product_of(source))
             for tensor in found:
                 if tensor.ndim >= 2:
                     tensor._vitprobe_map = True  # type: ignore[attr-defined]
@@ -70,6 +73,15 @@ class Scores(Following):
             for tensor in found:
                 same = tensor.shape == source.shape and tensor.is_floating_point()
                 _put(tensor, columns_of(source) if same else None, product_of(source))
+
+
+def _over_rows(scores: Tensor, args: tuple, kwargs: dict) -> bool:
+    """Whether a softmax goes over what the product had as its rows."""
+    axis = args[1] if len(args) > 1 else kwargs.get("dim")
+    columns, rows = columns_of(scores), place_of(scores)
+    if columns is None or not isinstance(rows, Tensor) or axis is None:
+        return False
+    return spread(columns, axis) < TOLERANCE_PX <= spread(rows, axis)
 
 
 def _put(tensor: Tensor, columns: Tensor | None, product: int) -> None:

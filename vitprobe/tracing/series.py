@@ -82,7 +82,9 @@ def _ends(calls: list[Call], trace: Trace) -> list[Place]:
     key = {call.name: (call.type_name, pattern(_parent(call))) for call in weighted}
     numbers = Counter(key[call.name] for call in weighted).most_common(1)
     if not numbers or numbers[0][1] < 2:
-        return [place for c in calls if "." not in c.name and (place := any_output(c))]
+        outer = [call for call in calls if "." not in call.name]
+        heavy = [call for call in outer if depth(call, trace.nodes) > 0]
+        return [place for call in heavy or outer if (place := any_output(call))]
     row = [call for call in weighted if key[call.name] == numbers[0][0]]
     parents = dict.fromkeys(map(_parent, row))
     if len(parents) > 1 and not parents.keys() & called:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.tracing.attention_operations import PRODUCTS
-from vitprobe.tracing.observing import observing
+from vitprobe.tracing.einsum import of_tensordot, subscripts
+from vitprobe.tracing.observing import observing, parts
 from vitprobe.tracing.place_rules import MOVING, RULES
 from vitprobe.tracing.tokens import IMAGE_STEP, Following, place_of, put
 from vitprobe.tracing.trace import tensors
@@ -79,7 +80,7 @@ class _Stems(Following):
             self.stack.pop()
 
         with ExitStack() as hooks:
-            for name, part in self.module.named_modules():
+            for name, part in parts(self.module):
                 before = part.register_forward_pre_hook(entering(name))
                 hooks.callback(before.remove)
                 hooks.callback(part.register_forward_hook(leave, always_call=True).remove)
@@ -93,10 +94,12 @@ class _Stems(Following):
         elif name == "linear":
             asked = {**dict(zip(("input", "weight"), args)), **kwargs}
             met = _last(asked["input"], asked["weight"])
-        elif function in PRODUCTS and len(args) == 2 and args[1].ndim == 2:
-            met = _last(args[0], args[1].T)
-        elif name == "einsum" and len(args) > 1:
-            met = _summed(args)
+        elif function in PRODUCTS and len(args) == 2:
+            met = _multiplied(*args)
+        elif name == "addmm" and len(args) > 2:
+            met = _multiplied(*args[1:3])
+        elif name in ("einsum", "tensordot") and len(args) > 1:
+            met = _summed(args if name == "einsum" else of_tensordot(args, kwargs))
         if met is None:
             super().after(function, args, kwargs, result)
             for _, tensor in tensors(result):
@@ -139,6 +142,15 @@ def _last(tensor: Tensor, weights: Tensor) -> _Met | None:
     return _met(place_of(tensor), weights)
 
 
+def _multiplied(left: Any, right: Any) -> _Met | None:
+    """Of a product of two matrices, or of many with the same one."""
+    for marks, weights in ((place_of(left), right.mT), (place_of(right), left)):
+        one = all(size == 1 for size in weights.shape[:-2]) and weights.ndim >= 2
+        if isinstance(marks, Tensor) and one:
+            return _met(marks if weights is not left else marks.mT, weights.flatten(0, -2))
+    return None
+
+
 def _convolved(args: tuple, kwargs: dict) -> _Met | None:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     asked = {**dict(zip(names, args)), **kwargs}
@@ -160,27 +172,22 @@ def _convolved(args: tuple, kwargs: dict) -> _Met | None:
 
 def _summed(args: tuple) -> _Met | None:
     """Of ``einsum`` of a tensor and weights."""
-    given = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-    inputs, _, output = args[0].replace(" ", "").partition("->")
-    names = inputs.split(",")
-    if len(given) != 2 or "." in inputs or not output:
+    asked = subscripts(args)
+    if asked is None or len(asked.operands) != 2:
         return None
-    first = 0 if place_of(given[0]) is not None else 1
-    summed = [letter for letter in names[first] if letter not in output]
-    if any(letter not in names[1 - first] for letter in summed) or not summed:
+    first = 0 if place_of(asked.operands[0]) is not None else 1
+    names = asked.inputs[first], asked.inputs[1 - first]
+    marks, weights = place_of(asked.operands[first]), asked.operands[1 - first]
+    summed = [letter for letter in names[0] if letter not in asked.output]
+    if set(names[0]) & set(names[1]) != set(summed) or not summed:
         return None
     flat = []
-    for name, tensor in (
-        (names[first], place_of(given[first])),
-        (names[1 - first], given[1 - first]),
-    ):
+    for name, tensor in zip(names, (marks, weights)):
         if not isinstance(tensor, Tensor):
             return None
         kept = [axis for axis, letter in enumerate(name) if letter not in summed]
         order = kept + [name.index(letter) for letter in summed]
         flat.append(tensor.permute(order).flatten(len(kept)))
-    if set(names[0]) & set(names[1]) != set(summed):
-        return None
     return _met(flat[0], flat[1].flatten(0, -2))
 
 

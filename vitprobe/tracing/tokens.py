@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vitprobe.tracing.observing import Observer
+from vitprobe.tracing.operations import BLANK, LIKE_ANOTHER
 from vitprobe.tracing.place_arithmetic import (
     IMAGE_STEP,
     TOLERANCE_PX,
@@ -31,7 +32,7 @@ from vitprobe.tracing.place_arithmetic import (
     put,
     spread,
 )
-from vitprobe.tracing.place_rules import LOSING, MOVING, RULES, assign, pointwise
+from vitprobe.tracing.place_rules import LOSING, MOVING, RULES, assign, pointwise, written_into
 from vitprobe.tracing.trace import tensors
 
 __all__ = [
@@ -66,6 +67,8 @@ def follow(function: Callable, args: tuple, kwargs: Mapping[str, Any], result: A
     if name == "setitem":
         assign(*args)
         return
+    if name in BLANK or (name in LIKE_ANOTHER and place_of(args[0]) is None):
+        return
     found = [tensor for _, tensor in tensors(result)]
     lost = next((place for t in given if isinstance(place := place_of(t), str)), None)
     rule = RULES.get(name, pointwise)
@@ -77,6 +80,9 @@ def follow(function: Callable, args: tuple, kwargs: Mapping[str, Any], result: A
         except (RuntimeError, IndexError, TypeError, ValueError, KeyError):
             # An operation used in a way that the rule does not know.
             places = [name] * len(found)
+    before = place_of(args[0]) if args else None
     for tensor, place in zip(found, places):
         fits = isinstance(place, str) or place.shape == tensor.shape
         put(tensor, place if fits else name)
+        if args and tensor is args[0] and place is not before:
+            written_into(tensor)

@@ -21,17 +21,14 @@ from torch.overrides import TorchFunctionMode
 
 from .additions import ADDS, Addition, AdditionHooks, operands
 from .candidates import attends, is_fused
-from .observing import eagerly, unobserved
+from .observing import eagerly, parts, unobserved
+from .operations import BLANK, LIKE_ANOTHER
 from .outside import Origins
 from .residuals import Node, between, classify, is_linear
 from .special_cases import SUMS_OF_OPERATIONS
 
 __all__ = ["Addition", "AdditionHooks", "Call", "TensorInfo", "Trace", "record", "unobserved"]
 
-# The values of these do not depend on any tensor given, or on the first one only.
-_BLANK = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"} | {
-    f"{name}_like" for name in ("empty", "zeros", "ones", "full", "rand", "randn")
-}
 # Besides weighted operations, these work on what they are given; all others pass it on.
 _WORK = (
     "_norm",
@@ -43,7 +40,6 @@ _WORK = (
     "flex_attention",
 )
 _CUTS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_chunk"}
-_LIKE_ANOTHER = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 
 
 @dataclass(frozen=True)
@@ -212,9 +208,9 @@ class _Recorder(TorchFunctionMode):
         version = _version(target) if isinstance(target, Tensor) else None
         result = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
-        if name in _LIKE_ANOTHER:
+        if name in LIKE_ANOTHER:
             parents = [node for node in nodes[:1] if node]
-        if not parents or name in _BLANK:
+        if not parents or name in BLANK:
             for _, tensor in tensors(result):
                 self.origins.know(tensor)
             return result
@@ -291,13 +287,15 @@ class _Recorder(TorchFunctionMode):
         part = self.part_of(frame, both, flat=True)
         if not part:
             return frame, frame.nodes
-        inside = [
-            node
-            for node in self.nodes[frame.first_node : max(end.position for end in pair) + 1]
-            if node.module.startswith(f"{part}.")
-        ]
-        given = {position for node in inside for position in node.parents}
-        return frame, [self.nodes[p] for p in sorted(given - {node.position for node in inside})]
+        inside: dict[int, Node] = {}
+        on_the_way = {node.position for node in both}
+        for node in self.nodes[frame.first_node : max(end.position for end in pair) + 1]:
+            # Functions between its modules (an activation) have no name of the part.
+            between_them = node.position in on_the_way and inside.keys() >= set(node.parents)
+            if node.module.startswith(f"{part}.") or (node.module == frame.name and between_them):
+                inside[node.position] = node
+        given = {position for node in inside.values() for position in node.parents}
+        return frame, [self.nodes[p] for p in sorted(given - inside.keys())]
 
     def did(self, frame: _Frame, node: Node) -> bool:
         """Whether a module has worked on what it was given to make an operand."""
@@ -376,7 +374,7 @@ def record(
     ``on_output(call, suffix, tensor)`` gets every tensor that a module returns, at the
     moment it exists. All tensors of the pass stay in memory until it ends: give few images.
     """
-    names = {child: name for name, child in module.named_modules()}
+    names = {child: name for name, child in parts(module)}
     recorder = _Recorder(module, names, on_output)
     handles = []
     try:
