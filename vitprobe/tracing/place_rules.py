@@ -181,11 +181,16 @@ def _attention(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tenso
     return places + ["multi_head_attention_forward"] * (len(found) - 1)
 
 
-def _mean(_: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
-    place = places_of(args[0])
-    axes = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+def _reduce(function: Any, args: tuple, kwargs: Mapping[str, Any], found: list[Tensor]) -> list:
+    """Means, largest ones, norms along some axes."""
+    place, name = places_of(args[0]), function.__name__
+    # Norms have their order first.
+    at = 2 if "norm" in name else 1
+    axes = args[at] if len(args) > at else kwargs.get("dim", kwargs.get("axis"))
+    if isinstance(axes, Tensor) or isinstance(kwargs.get("other"), Tensor):
+        return pointwise(function, args, kwargs, found)  # the larger of two
     if axes is None:
-        return ["mean"]
+        return [name]
     axes = tuple(sorted({axis % place.ndim for axis in _many(axes, 1)}, reverse=True))
     small = compact(place)
     if any(small.shape[axis] > 1 for axis in axes) and mixes_all(small, axes):
@@ -337,13 +342,17 @@ _LOSING = (
     "bilinear fft2 rfft2 irfft2"
 )
 LOSING = frozenset(_LOSING.split())
+_REDUCING = (
+    "mean sum amax amin max min var std var_mean std_mean norm vector_norm logsumexp prod all any "
+    "median argmax argmin"
+)
 _POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "lp") for n in (1, 2)]
 _RESAMPLES = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample")
 RULES: dict[str, Callable[..., Sequence[Tensor | str]]] = {
     **dict.fromkeys(MOVING.split(), _move),
     **dict.fromkeys(("matmul", "bmm", "rmatmul", "baddbmm", "addmm"), _product),
     **dict.fromkeys(("scaled_dot_product_attention", "multi_head_attention_forward"), _attention),
-    **dict.fromkeys(("mean", "sum", "amax", "var", "std", "var_mean"), _mean),
+    **dict.fromkeys(_REDUCING.split(), _reduce),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolve),
     **dict.fromkeys(_POOLS, _pool),
     **dict.fromkeys(_RESAMPLES, _resample),
