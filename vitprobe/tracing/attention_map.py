@@ -169,7 +169,9 @@ def map_attention(name: str, module: nn.Module, example: Tensor) -> AttentionMap
         if isinstance(layout, str):
             left_out[numbered] = layout
         else:
-            layer = AttentionLayer(numbered, ordinal, *layout, behind=mapper.behind[ordinal])
+            layer = replace(
+                AttentionLayer(numbered, ordinal, *layout), behind=mapper.behind[ordinal]
+            )
             layers.append(
                 layer if hidden is None else replace(layer, masked=_masked(layer, hidden))
             )

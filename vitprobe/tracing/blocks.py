@@ -61,7 +61,8 @@ def find_blocks(trace: Trace, modules: dict[str, nn.Module]) -> list[Place | Add
         if ends is None:
             alone.append(unit)
         else:
-            found += ends + _without_a_skip(unit, trace)
+            found += ends
+            found += _without_a_skip(unit, trace)
     whole = _made_of_unlike(alone, trace, modules)
     alone = [one for one in alone if not any(unit.contains(one) for unit in whole)] + whole
     for unit in alone:

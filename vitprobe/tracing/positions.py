@@ -171,8 +171,9 @@ class _Added(Scores):
             for (one, other), times in ((pair, factor), (pair[::-1], 1)):
                 if isinstance(place_of(one), Tensor) and _constant(other):
                     if times != 1:
-                        name, other = self._name(other), times * other
-                        other._vitprobe_name = name  # type: ignore[attr-defined]
+                        scaled: Tensor = times * other
+                        scaled._vitprobe_name = self._name(other)  # type: ignore[attr-defined]
+                        other = scaled
                     self._plus(one, other)
         super().after(function, args, kwargs, result)
         self._follow_names(args, kwargs, result)

@@ -176,7 +176,7 @@ def _generators(tensor: Tensor) -> list[bytes]:
     """Where the generators of random numbers stand: torch's, of the device too, and Python's."""
     modules = [torch] + [torch.get_device_module(tensor.device)] * (tensor.device.type != "cpu")
     states = [module.get_rng_state().numpy().tobytes() for module in modules]
-    others = random.getstate(), np.random.get_state()[1:]
+    others = random.getstate(), np.random.get_state(legacy=False)
     return [*states, *(repr(state).encode() for state in others)]
 
 
