@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The installed script ``vitprobe``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = commands()
+    if "_ARGCOMPLETE" in os.environ:
+        return _complete(known)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         try:
             print(overview(known), flush=True)
@@ -78,8 +80,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         way = nearest(name, known, 1) or " `vitprobe` lists the commands."
         print(f"vitprobe: unknown command {arguments[0]!r}.{way}", file=sys.stderr)
         return 2
+    return _run(name, arguments[1:])
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
     module, function, _ = ELSEWHERE.get(name, (f"vitprobe.{name}", "main", ""))
-    return getattr(import_module(module), function)(arguments[1:])
+    return getattr(import_module(module), function)(arguments)
+
+
+def _complete(known: dict[str, str]) -> int:
+    """Tell the shell the commands, or what may follow one: its parser does (``cli.complete``)."""
+    words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" ")
+    name = words[1].replace("-", "_") if len(words) > 2 else ""
+    if name in known:
+        # As if the command were a program of its own, one word further on.
+        os.environ["_ARGCOMPLETE"] = "2"
+        return _run(name, ())
+    from argparse import ArgumentParser
+
+    from vitprobe.cli import complete
+
+    parser = ArgumentParser(prog="vitprobe")
+    parser.add_argument("command", choices=list(known))
+    complete(parser)
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from vitprobe.errors import VitprobeError, nearest, shown
 from vitprobe.models.loading import bundled_models
-from vitprobe.models.names import label
+from vitprobe.models.names import ALIASES, label
 from vitprobe.results.printing import print_files, print_json
 from vitprobe.results.result import FORMATS, Finding, Result
 from vitprobe.results.writing import check_folder
@@ -33,6 +33,8 @@ INTERRUPTED, FAILED = 130, 2
 GRACE_S = 1.0
 MAX_STEM = 120
 DEFAULT_OUT = "vitprobe-out"
+# Set by the shell while it asks: argcomplete's, its value the place of the command in the line.
+COMPLETION = "_ARGCOMPLETE"
 # What every command runs on when nothing is said; they come with vitprobe.
 DEFAULT_MODELS = ("vit_small_box", "resnet_box")
 # Models in the examples of commands that a CNN cannot have.
@@ -48,6 +50,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a wrong argument gets one line that names the option and the nearest one."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if COMPLETION in os.environ:
+            complete(self)
         found, left = self.parse_known_args(args, namespace)
         if left:
             self.error(self._unknown(left))
@@ -68,6 +72,14 @@ class Parser(argparse.ArgumentParser):
         for pattern, way in _PLAINLY:
             message = re.sub(pattern, way, message)
         self.exit(FAILED, f"{self.prog}: {shown(message)} (--help lists the options)\n")
+
+
+def complete(result: argparse.ArgumentParser) -> None:
+    """Tell the shell what may follow, where argcomplete asks for it, and exit."""
+    with suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(result)
 
 
 def _choices(match: re.Match[str]) -> str:
@@ -104,9 +116,10 @@ def parser(name: str, doc: str | None, *, images: bool = True, layers: bool = Tr
         usage="[options]",
     )
     add = result.add_argument_group("models").add_argument
-    add("--models", nargs="+", metavar="M",
+    models_option: Any = add("--models", nargs="+", metavar="M",
         help="NAME, NAME@random (untrained) or NAME@FILE; `vitprobe models` lists the names "
         "(default: bundled models)")  # fmt: skip
+    models_option.completer = lambda **asked: [*bundled_models(), *ALIASES]
     add("--names", nargs="+", metavar="A", help="what figures call the models, one for each")
     if layers:
         add("--layers", nargs="+", default=["blocks"], metavar="L",
