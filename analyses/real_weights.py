@@ -68,7 +68,7 @@ REAL = (
     Real("patch_embedding", BOTH, [], f"First filters of {VIT} and {CNN} (ViT Figure 7 left)"),
     Real("position_embedding", [VIT, "ViT-S/14 (random)"], [],
          f"Position embeddings of {VIT} and of its untrained architecture (ViT Figure 7 centre)"),
-    Real("receptive_field", BOTH, [*PHOTOGRAPHS, "--num-images", "32", "--channels", "8"],
+    Real("receptive_field", BOTH, [*PHOTOGRAPHS, "--num-images", "128"],
          f"Effective receptive fields of {VIT} and {CNN} (Raghu Figure 6)"),
     Real("skip_ablation", [VIT], [*PHOTOGRAPHS, "--num-images", "256"],
          f"CKA in {VIT} with the skips of a block removed at test time (Raghu Figure 8)"),

@@ -1,8 +1,8 @@
-"""Digit scenes: labelled pictures composed from what scikit-learn installs, with their truth.
+"""Digit scenes: labelled images composed from what scikit-learn installs, with their truth.
 
 A handwritten digit (``load_digits``, 8x8) stands at a random place, in a random size, slant and
 colour on a random crop of a photograph (``china.jpg`` or ``flower.jpg``), in the manner of
-MNIST-M (Ganin et al., 2016).  The label is the digit.  The truth comes with the picture: where
+MNIST-M (Ganin et al., 2016).  The label is the digit.  The truth comes with the image: where
 the digit's box lies and how much of every pixel the digit covers.
 
 Choices:
@@ -11,8 +11,8 @@ Choices:
   probes) and ``test`` share neither a digit nor a background pixel.
 - Place, size, slant, colour, polarity (light on darker or dark on lighter) and background are
   drawn without regard to the label.
-- Picture i of a stream depends on (split, seed, i) alone, and its layout not even on the size
-  asked for: a larger picture shows the same scene in more pixels.
+- Image i of a stream depends on (split, seed, i) alone, and its layout not even on the size
+  asked for: a larger image shows the same scene in more pixels.
 
 The same bytes everywhere: the random numbers are the raw output of the counter-based Philox
 generator (whose stream NumPy guarantees, unlike that of ``Generator``'s methods), and every step
@@ -31,10 +31,10 @@ import numpy as np
 SPLITS = ("train", "fit", "test")
 CLASSES = tuple("0123456789")
 
-_FRAME = 4096  # units per picture side in which places are drawn, whatever the size in pixels
+_FRAME = 4096  # units per image side in which places are drawn, whatever the size in pixels
 _CELL = 256  # fixed-point units per cell of a digit's grid, and per photograph pixel
-_WORDS = 8  # 64-bit words of randomness per picture: two whole Philox blocks of four
-_CHUNK = 128  # pictures composed at a time, few enough for the processor's cache
+_WORDS = 8  # 64-bit words of randomness per image: two whole Philox blocks of four
+_CHUNK = 128  # images composed at a time, few enough for the processor's cache
 _STRIP_PX = 64  # photographs are dealt out in upright strips; a crop stays within its strip
 _STRIPS = {"train": (0, 1, 3, 5, 6, 9), "fit": (2, 7), "test": (4, 8)}  # of the 10 strips of each
 _DIGITS_HELD_OUT = 300  # for each of fit and test; the other 1,197 are for training
@@ -42,7 +42,7 @@ _DIGITS_HELD_OUT = 300  # for each of fit and test; the other 1,197 are for trai
 
 @dataclass(frozen=True)
 class Scenes:
-    """``n`` pictures with their truth.
+    """``n`` images with their truth.
 
     images: (n, size, size, 3) uint8, RGB.
     labels: (n,) int64, the digit, 0 to 9.
@@ -61,12 +61,12 @@ class Scenes:
 
 
 def scenes(n: int, *, split: str = "test", seed: int = 0, size: int = 32, start: int = 0) -> Scenes:
-    """Pictures ``start`` to ``start + n`` of the stream (split, seed), ``size`` x ``size`` pixels.
+    """Images ``start`` to ``start + n`` of the stream (split, seed), ``size`` x ``size`` pixels.
 
     split: 'train', 'fit' (for fitting probes) or 'test'.
-    seed: a non-negative integer; other seeds give other pictures from the same digits and strips.
+    seed: a non-negative integer; other seeds give other images from the same digits and strips.
 
-    Any range can be drawn by itself: ``scenes(10, start=5)`` equals pictures 5 to 15 of
+    Any range can be drawn by itself: ``scenes(10, start=5)`` equals images 5 to 15 of
     ``scenes(15)``.  Raises ValueError for an unknown split, a negative n, seed or start, or a size
     outside 8 to 1024.
     """
@@ -131,8 +131,8 @@ def split_columns(split: str) -> np.ndarray:
 
 
 def _draws(split: str, seed: int, start: int, n: int) -> np.ndarray:
-    """(16, n) uniform integers below 2**32, as int64, for pictures start to start + n."""
-    # A Philox block of four words is a function of (key, counter), so picture i owns two counters.
+    """(16, n) uniform integers below 2**32, as int64, for images start to start + n."""
+    # A Philox block of four words is a function of (key, counter), so image i owns two counters.
     philox = np.random.Philox(
         key=np.array([SPLITS.index(split) + 1, seed], np.uint64), counter=start * _WORDS // 4
     )
@@ -212,10 +212,10 @@ def _background(drawn: np.ndarray, split: str, size: int) -> np.ndarray:
 
 
 def _colour(drawn: np.ndarray) -> np.ndarray:
-    """(n, 3) ink colours: all channels light (two pictures in three) or all dark, each differently.
+    """(n, 3) ink colours: all channels light (two images in three) or all dark, each differently.
 
     With as many light as dark digits no pixel's mean depends on the label, and in trials a small
-    ViT was still at chance after 45,000 pictures; with this imbalance it left chance at 20,000.
+    ViT was still at chance after 45,000 images; with this imbalance it left chance at 20,000.
     """
     light = np.minimum(_between(drawn[11], 0, 2), 1)
     return np.stack([light * 175 + _between(channel, 0, 80) for channel in drawn[12:15]], 1)

@@ -25,8 +25,8 @@ def findings(result: Any) -> list[Finding]:
                 f"from the background",
                 "Oquab et al. 2023, Fig. 1",
                 decide(max(auc, 1 - auc), error, SEPARATES, result.meta["n"]),
-                f"area under the curve against the object's mask {plus_minus(auc, error)} (more "
-                f"than {SEPARATES} or less than {1 - SEPARATES} asked)",
+                f"area under the curve against the object's mask {plus_minus(auc, error)} "
+                f"(threshold > {SEPARATES}, or < {1 - SEPARATES:g})",
                 "first component finds the object",
                 str(result.layers[model]),
                 [result.models[model]],
