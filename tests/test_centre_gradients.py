@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from vitprobe import receptive_field
-from vitprobe.errors import NotApplicable
+from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.tracing.centre_gradients import FastNorms
 
 
@@ -72,6 +72,15 @@ def test_layers_without_a_gradient_are_left_out_and_named(way, capsys):
     assert "No gradient in Frozen: 2 layers, the first blocks.1" in result._caption()
     with pytest.raises(NotApplicable, match=r"layer blocks\.2 of Frozen"):
         receptive_field.measure(net, x, layers=["blocks.2"])
+
+
+def test_a_decoding_process_that_ends_meanwhile_is_no_fault_of_the_model(monkeypatch):
+    def ends(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(receptive_field, "rows_of_jacobian", ends)
+    with pytest.raises(VitprobeError, match="ended a process that decodes images"):
+        receptive_field.measure(Frozen("none"), torch.randn(4, 3, 8, 8), layers=["blocks.0"])
 
 
 class Recomputed(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor
 from vitprobe.errors import NotApplicable
 from vitprobe.running import memory, processes
 from vitprobe.running.grids import lost_of, tell_lost
+from vitprobe.running.loading import decoder_ended
 from vitprobe.running.session import Session
 from vitprobe.statistics.fields import channels_of_images
 from vitprobe.tracing.centre_gradients import Centre, Site, centres, sites_of
@@ -169,7 +170,7 @@ def no_gradient(name: str, label: str, why: str) -> NotApplicable:
 
 def failed(name: str, error: RuntimeError) -> Exception:
     """What is told of an error of autograd, or of a forward pass that fails only under it."""
-    if memory.ran_out(error):
+    if memory.ran_out(error) or decoder_ended(error):
         return error
     text = str(error).strip().partition("\n")[0]
     return NotApplicable(f"{name} cannot be differentiated: {type(error).__name__}: {text}", name)

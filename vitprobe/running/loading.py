@@ -180,7 +180,7 @@ def batches(
         try:
             columns, places, failures = next(loaded)
         except RuntimeError as error:
-            if number == 0 and "DataLoader worker" in str(error) and _anew():
+            if number == 0 and decoder_ended(error) and _anew():
                 raise VitprobeError(_NEVER_BEGAN) from error
             raise
         for _, failure in failures:
@@ -270,3 +270,11 @@ def _be_quiet(worker: int) -> None:
             usual(error, thing)
 
     queue._on_queue_feeder_error = staticmethod(on_error)
+
+
+def decoder_ended(error: BaseException) -> bool:
+    """Whether an exception is torch's word for a decoding process that has ended.
+
+    It is raised out of whatever the main process does at that moment.
+    """
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)

@@ -20,7 +20,7 @@ from vitprobe.images.sources import BROKEN_FRACTION_ALLOWED
 from vitprobe.running import memory, processes
 from vitprobe.running.checkpoint import Checkpoint, Saves, UntilWritten
 from vitprobe.running.interrupts import HeldBack, Interrupted
-from vitprobe.running.loading import Failure
+from vitprobe.running.loading import Failure, decoder_ended
 from vitprobe.running.session import Batch, Session, Sums
 from vitprobe.statistics.hsic import MIN_BATCH
 
@@ -195,7 +195,7 @@ def _together(ready: Session, checkpoint: Checkpoint) -> Iterator[None]:
 
 def _told(ready: Session, error: Exception, checkpoint: Checkpoint) -> VitprobeError | None:
     """What a user can do about an exception from the loop, where there is something."""
-    size, text = ready.options.batch_size, str(error)
+    size = ready.options.batch_size
     if memory.ran_out(error):
         return VitprobeError(
             f"Out of memory on {ready.device} at --batch-size {size}; "
@@ -204,7 +204,7 @@ def _told(ready: Session, error: Exception, checkpoint: Checkpoint) -> VitprobeE
     # What a dead process has left behind is a broken connection or a word from torch.
     decoders = ready.workers(len(ready.batches)) > 0
     broken = decoders and isinstance(error, (ConnectionError, EOFError))
-    if broken or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
+    if broken or decoder_ended(error):
         return VitprobeError(
             "The system ended a process that decodes images, as it does when memory is short "
             f"(--workers 0 starts none); {_way(checkpoint)}"
@@ -282,7 +282,7 @@ def _last_save(saves: Saves, stops: HeldBack, state: Sums, mine: np.ndarray) -> 
             return
         except RuntimeError as late:
             # torch tells of a dead decoder, once, when its signal comes, be it in mid-save.
-            if "DataLoader worker" not in str(late):
+            if not decoder_ended(late):
                 raise
 
 
