@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from vitprobe.errors import VitprobeError, nearest
-from vitprobe.models.unpickling import StandIn, load
+from vitprobe.models.unpickling import StandIn, load, of_module, scripted
 
 # A folder's weights, as timm, transformers and open_clip name them; first come, first served.
 IN_FOLDERS = (
@@ -35,7 +35,10 @@ NO_WEIGHTS = {
     b"<!doctype html": "is a web page, not weights",
     b"<html": "is a web page, not weights",
 }
-MAX_DEPTH = 8
+# How deep dicts of weights, and modules in modules, are looked for.
+MAX_DEPTH, MAX_PARTS = 8, 40
+# Weights hardly get smaller when they are packed; an archive beyond this is to fill the memory.
+MAX_RATIO = 20
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,14 @@ def read(path: Path) -> Contents:
     Raises:
         VitprobeError: no such file, several in a folder, or none that can be read safely.
     """
-    if path.is_dir():
-        file, shown = _in_folder(path), path.resolve().name
-    else:
-        file, shown = path, path.name
-    if not file.is_file():
-        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+    try:
+        file, shown = _file_of(path)
+        with file.open("rb") as opened:
+            opened.read(1)
+    except OSError as error:
         raise VitprobeError(
-            f"--models: no such weights file: {str(file)!r}.{nearest(file.name, siblings)}"
-        )
+            f"--models: the weights file {str(path)[:200]!r} cannot be read: {error.strerror}."
+        ) from error
     beside = file.name in IN_FOLDERS
     config = read_json(file.with_name("config.json")) if beside else {}
     preprocessor = read_json(file.with_name("preprocessor_config.json")) if beside else {}
@@ -90,22 +92,64 @@ def read(path: Path) -> Contents:
     return Contents(shown, tree, file_sha256(file), file, npz, config, preprocessor)
 
 
-def state_dicts(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _file_of(path: Path) -> tuple[Path, str]:
+    """The file to read and what captions call it."""
+    if path.is_dir():
+        return _in_folder(path), path.resolve().name
+    if not path.is_file():
+        if path.exists():
+            raise VitprobeError(f"--models: {str(path)!r} is not a regular file.")
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise VitprobeError(
+            f"--models: no such weights file: {str(path)!r}.{nearest(path.name, siblings)}"
+        )
+    return path, path.name
+
+
+def state_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dict of tensors in a checkpoint, with the dotted path to it."""
-    if isinstance(tree, StandIn):
-        inside = vars(tree)
-        if isinstance(inside.get("_modules"), dict):
-            # A module that was saved whole: its parts are stand-ins as well.
-            yield ".".join(path), dict(_of_module(tree))
-            return
-        tree = inside
-    if not isinstance(tree, Mapping) or len(path) > MAX_DEPTH:
+    yield from _state_dicts(tree, (), set())
+
+
+def _state_dicts(
+    tree: Any, path: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    # Parts that hold each other would have no end.
+    if len(path) > MAX_DEPTH or id(tree) in seen:
         return
-    tensors = {str(k): v for k, v in tree.items() if isinstance(v, Tensor) and not v.is_meta}
+    if of_module(tree):
+        yield ".".join(path), dict(_of_module(tree))
+        return
+    if isinstance(tree, StandIn):
+        tree = vars(tree)
+    if isinstance(tree, Mapping):
+        inside = {str(key): value for key, value in tree.items()}
+    elif isinstance(tree, list | tuple):
+        inside = {str(i): value for i, value in enumerate(tree)}
+    else:
+        return
+    seen.add(id(tree))
+    tensors = {k: v for k, v in inside.items() if isinstance(v, Tensor) and not v.is_meta}
     if tensors:
         yield ".".join(path), tensors
-    for key, value in tree.items():
-        yield from state_dicts(value, (*path, str(key)))
+    for key, value in inside.items():
+        yield from _state_dicts(value, (*path, key), seen)
+
+
+def class_names(tree: Any, depth: int = 0) -> set[str]:
+    """Names of the classes of all modules that a file holds as such."""
+    found: set[str] = set()
+    if depth > MAX_PARTS:
+        return found
+    inside = vars(tree) if isinstance(tree, StandIn) else tree
+    if of_module(tree):
+        found.add(type(tree).__name__)
+        inside = inside if scripted(tree) else inside["_modules"]
+    elif depth > MAX_DEPTH:
+        return found
+    for part in inside.values() if isinstance(inside, Mapping) else ():
+        found |= class_names(part, depth + 1)
+    return found
 
 
 def file_sha256(path: Path) -> str:
@@ -129,16 +173,20 @@ def _in_folder(folder: Path) -> Path:
 
 def _shards(index: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of all shards that an index names."""
-    names = sorted(set(dict(read_json(index).get("weight_map") or {}).values()))
+    found = read_json(index).get("weight_map")
+    shards: dict[str, Any] = found if isinstance(found, dict) else {}
+    names = sorted(set(map(str, shards.values())))
     if not names:
         raise VitprobeError(f"{index} names no shards of weights.")
     tensors: dict[str, Tensor] = {}
     digest = hashlib.sha256()
     for name in names:
-        shard = index.with_name(Path(str(name)).name)
+        shard = index.with_name(Path(name).name or "?")
         if not shard.is_file():
             raise VitprobeError(f"{index.name} names {name}, which is not beside it.")
-        tensors.update(_read(shard)[0])
+        part = dict(_read(shard)[0])
+        # What lies in a second shard as well is taken from where the index says.
+        tensors.update({key: value for key, value in part.items() if shards.get(key, name) == name})
         digest.update(file_sha256(shard).encode())
     return tensors, digest.hexdigest()
 
@@ -159,18 +207,36 @@ def _read(path: Path) -> tuple[Any, bool]:
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}, True
         return load(path), False
+    except VitprobeError:
+        raise
     except Exception as error:
         # Readers of damaged files raise anything; whatever it is, the file is the reason.
         raise VitprobeError(
             f"{path} is neither a safetensors file nor a checkpoint of torch nor an .npz that can "
-            f"be read safely ({type(error).__name__})."
+            f"be read safely ({type(error).__name__}).{_way_on(error)}"
         ) from error
+
+
+def _way_on(error: Exception) -> str:
+    """What to do about an error of torch's restricted loader, where that is known."""
+    if "Unsupported operand" in str(error):
+        return (
+            " torch's restricted loader reads pickle protocol 2 only: save the file again with "
+            "torch.save, without pickle_protocol, or as safetensors."
+        )
+    return ""
 
 
 def _is_npz(path: Path) -> bool:
     import zipfile
 
     with zipfile.ZipFile(path) as archive:
+        unfolded = sum(one.file_size for one in archive.infolist())
+        if unfolded > MAX_RATIO * path.stat().st_size:
+            raise VitprobeError(
+                f"{path} would unfold to {unfolded / 2**30:.1f} GiB, {MAX_RATIO} times its size "
+                f"and more: weights are not packed like that."
+            )
         return all(name.endswith(".npy") for name in archive.namelist())
 
 
@@ -180,18 +246,22 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise VitprobeError(f"{path} is not JSON: {error}") from error
     return found if isinstance(found, dict) else {}
 
 
-def _of_module(module: StandIn, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _of_module(module: StandIn, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     inside = vars(module)
-    temporary = inside.get("_non_persistent_buffers_set") or ()
-    for kind in ("_parameters", "_buffers"):
-        for name, value in (inside.get(kind) or {}).items():
-            if isinstance(value, Tensor) and name not in temporary:
-                yield f"{prefix}{name}", value.detach()
-    for name, part in (inside.get("_modules") or {}).items():
-        if isinstance(part, StandIn):
-            yield from _of_module(part, f"{prefix}{name}.")
+    parts, tensors = inside, inside
+    if not scripted(module):
+        temporary = inside.get("_non_persistent_buffers_set") or ()
+        held = {**(inside.get("_parameters") or {}), **(inside.get("_buffers") or {})}
+        tensors = {name: value for name, value in held.items() if name not in temporary}
+        parts = inside.get("_modules") or {}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value.detach()
+    for name, part in parts.items():
+        if of_module(part) and depth < MAX_PARTS:
+            yield from _of_module(part, f"{prefix}{name}.", depth + 1)

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from vitprobe.errors import VitprobeError
+from vitprobe.models.complete import complete
 from vitprobe.models.contents import file_sha256, read
-from vitprobe.models.fitting import Fit, fit
+from vitprobe.models.fitting import Fit, fit, put
 from vitprobe.models.google import load_npz
 from vitprobe.models.hub import hub, what_it_said
 from vitprobe.models.model import Model
@@ -44,7 +45,7 @@ def create(spec: str, name: str, timm_name: str, image_size: int | None, origin:
     """
     from_hub = origin == "hub"
     try:
-        with hub() if from_hub else nullcontext():
+        with hub() if from_hub else nullcontext(), complete(spec) if from_hub else nullcontext():
             module = make(timm_name, image_size, pretrained=from_hub)
     except FAULTS as error:
         raise _explained(spec, name, image_size, error, from_hub) from error
@@ -95,11 +96,11 @@ def from_file(
             if contents.npz:
                 module, said = load_npz(spec, contents, making)
                 details |= said
-                fitted = Fit({}, 0, resampled=said.get("resampled", {}), layout=said["layout"])
+                fitted = Fit({}, 0, **said)
             else:
                 fitted = fit(spec, contents, reference(making))
                 module = making(num_classes=fitted.num_classes, pretrained=False)
-                module.load_state_dict(fitted.state, strict=False)
+                put(spec, module, fitted)
         except FAULTS as error:
             raise _explained(spec, spec.partition("@")[0], image_size, error) from error
     details |= {**fitted.details(), **settle(spec, module, contents)}
@@ -182,6 +183,12 @@ def _explained(
     )
     if "No pretrained weights" in reason:
         return VitprobeError(f"timm has no trained weights for {name}. {ways}")
+    if from_hub and isinstance(error, KeyError) and "architecture" in reason:
+        repository = name.partition("@")[0]
+        return VitprobeError(
+            f"{name} names no architecture of timm: it is of another library. Download it (`hf "
+            f"download {repository} --local-dir FOLDER`) and try ARCHITECTURE@FOLDER."
+        )
     ours = isinstance(error, (RuntimeError, AssertionError, KeyError, TypeError))
     if from_hub and not (ours and not isinstance(error, OSError)):
         return VitprobeError(f"{what_it_said(error, name)} {ways}")

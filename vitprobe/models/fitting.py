@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, bfloat16, equal, float16, zeros
+from torch import Tensor, bfloat16, equal, float16, nn, strided, zeros
 
 from vitprobe.errors import VitprobeError
 from vitprobe.models.contents import Contents, state_dicts
 from vitprobe.models.foreign import rename, written_by
 from vitprobe.models.names import ALIASES
 from vitprobe.models.places import resampled, resized_weight
-from vitprobe.models.reference import Reference
+from vitprobe.models.reference import Reference, is_plain, norm_alone
 
 # Of several networks in a file that fit, averages and teachers are what papers evaluate, and the
 # momentum copy of a contrastive method is not.
@@ -29,6 +29,11 @@ LAST = ("student", "momentum", "encoder_k")
 # Prefixes tried with a layout that timm converts; below this share of the tensors it is none.
 TRIED, SHARE = 6, 0.5
 SHOWN = 3
+
+# A name that only CLIP's visual tower has.
+CLIPS_OWN = "class_embedding"
+# A layer in front of the classifier, which timm's networks no longer have.
+BEFORE_HEAD = "pre_logits."
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def fit(spec: str, contents: Contents, network: Reference) -> Fit:
     if not found:
         raise VitprobeError(f"{contents.file} holds no state dict.")
     needed = sum(_numbers(shape) for shape in network.trunk.values())
-    large = [(w, d) for w, d in found if 2 * sum(t.numel() for t in d.values()) >= needed]
+    large = [(w, d) for w, d in found if 2 * sum(t.numel() for t in d.values()) >= needed] or found
     trials = [trial for where, state in large for trial in _native(where, state, network)]
     whole = [trial for trial in trials if not trial.missing]
     if not whole:
@@ -135,16 +140,35 @@ def fit(spec: str, contents: Contents, network: Reference) -> Fit:
         whole, trials = [trial for trial in foreign if not trial.missing], trials + foreign
     if not whole and not network.strict:
         # timm's own files of this network lack the last norm as well.
-        whole = [trial for trial in trials if _norm_alone(trial.missing)]
+        whole = [trial for trial in trials if norm_alone(trial.missing)]
     if not whole:
         best = min(trials, key=lambda trial: len(trial.missing), default=None)
-        raise VitprobeError(_misfit(spec, network, best, large or found))
+        raise VitprobeError(_misfit(spec, network, best, large))
     whole.sort(key=lambda trial: trial.rank)
     # One place may fit in more than one way; the same tensors are the same network.
     chosen = whole[0]
     others = [trial.place for trial in whole[1:] if _differ(trial, chosen, network)]
     result = _finished(spec, network, chosen, dict(large)[chosen.where])
     return replace(result, others=tuple(dict.fromkeys(others)))
+
+
+def put(spec: str, module: nn.Module, fitted: Fit) -> None:
+    """Give a network the weights that have been found for it.
+
+    Raises:
+        VitprobeError: something in it would stay as it was made, at random.
+    """
+    lacking = module.load_state_dict(fitted.state, strict=False).missing_keys
+    own = module.state_dict()
+    untouched = [
+        name
+        for name in lacking
+        if name not in fitted.unset
+        and isinstance(own[name], Tensor)
+        and own[name].is_floating_point()
+    ]
+    if untouched:
+        raise VitprobeError(f"{spec}: the file lacks {_some(untouched)}.")
 
 
 def _differ(one: _Trial, other: _Trial, network: Reference) -> bool:
@@ -156,8 +180,9 @@ def _differ(one: _Trial, other: _Trial, network: Reference) -> bool:
     )
 
 
-def _norm_alone(missing: list[str]) -> bool:
-    return len(missing) <= 2 and all("norm" in name for name in missing)
+def _has(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape is there, in numbers that can be taken as they are."""
+    return name in state and tuple(state[name].shape) == shape and is_plain(state[name])
 
 
 def _native(where: str, state: dict[str, Tensor], network: Reference) -> Iterator[_Trial]:
@@ -191,6 +216,9 @@ def _foreign(where: str, state: dict[str, Tensor], network: Reference) -> Iterat
         if renamed is not None:
             yield _trial(where, prefix, renamed, network, written_by(under), native=True)
         elif network.convert is not None:
+            if CLIPS_OWN in under:
+                # The tower alone, as it is called within the whole that timm converts.
+                under = {f"visual.{name}": tensor for name, tensor in under.items()}
             yield _trial(where, prefix, under, network, "another layout by timm")
 
 
@@ -212,11 +240,7 @@ def _trial(
         # A conversion that meets another layout than its own raises anything.
         state = given
     state = {name: tensor for name, tensor in state.items() if name not in absent}
-    missing = [
-        name
-        for name, shape in network.trunk.items()
-        if name not in state or tuple(state[name].shape) != shape
-    ]
+    missing = [name for name, shape in network.trunk.items() if not _has(state, name, shape)]
     return _Trial(where, prefix, given, state, missing, layout)
 
 
@@ -228,11 +252,10 @@ def _finished(spec: str, network: Reference, trial: _Trial, whole: dict[str, Ten
     outside = [key for key in whole if not key.startswith(trial.prefix)]
     if not trial.layout:
         under = _under(trial.prefix, whole)
-        rest = {name: t for name, t in under.items() if name not in network.names}
-        rest = _kept_by_timm(network, under, rest)
+        rest = _kept_by_timm(network, under)
         outside += [trial.prefix + name for name in under if name not in network.names]
     else:
-        outside += [trial.prefix + name for name in rest]
+        outside += [trial.prefix + name for name in (*rest, *_dropped(trial))]
     another = [name for name, tensor in rest.items() if network.changes(name, tensor)]
     if another:
         raise VitprobeError(
@@ -240,6 +263,8 @@ def _finished(spec: str, network: Reference, trial: _Trial, whole: dict[str, Ten
             f"the network lacks."
         )
     classes = network.classes(trial.state)
+    if any(key.startswith(f"{trial.prefix}{BEFORE_HEAD}") for key in whole):
+        classes = 0
     state = {n: t for n, t in trial.state.items() if n in network.names}
     if not classes:
         outside += [trial.prefix + name for name in state if name in network.head]
@@ -256,6 +281,13 @@ def _finished(spec: str, network: Reference, trial: _Trial, whole: dict[str, Ten
     )
 
 
+def _dropped(trial: _Trial) -> list[str]:
+    """Names of the file's parts (a text tower) of which a conversion has taken nothing."""
+    taken = {tensor.data_ptr() for tensor in trial.state.values()}
+    parts = {n.partition(".")[0] for n, t in trial.given.items() if t.data_ptr() in taken}
+    return [n for n in trial.given if "." in n and n.partition(".")[0] not in parts]
+
+
 def _other_patches(spec: str, changed: str) -> str:
     """The network of the same family with the file's patches, if timm has it."""
     import timm
@@ -269,15 +301,14 @@ def _other_patches(spec: str, changed: str) -> str:
     return f" Try {wanted}@{file}." if wanted != architecture and timm.is_model(wanted) else ""
 
 
-def _kept_by_timm(
-    network: Reference, under: dict[str, Tensor], rest: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Of tensors that the network lacks, those that timm's conversion has not dropped as void."""
+def _kept_by_timm(network: Reference, under: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What timm's conversion makes of tensors that the network lacks; what it drops is void."""
+    absent = {n: zeros(s) for n, s in network.head.items() if n not in under}
     try:
-        kept = network.converted(under)
+        kept = network.converted({**under, **absent})
     except Exception:
-        return rest
-    return {name: tensor for name, tensor in rest.items() if name in kept}
+        kept = under
+    return {name: tensor for name, tensor in kept.items() if name not in network.names}
 
 
 def _misfit(
@@ -290,7 +321,7 @@ def _misfit(
     largest = max(found, key=lambda one: sum(t.numel() for t in one[1].values()))[1]
     library = written_by(largest)
     way = f" It looks like {library}." if library else ""
-    if best is None or len(best.missing) == len(network.trunk):
+    if best is None or not any(name in best.state for name in network.trunk):
         return (
             f"{spec}: the weights do not fit the architecture. Missing are all of its tensors "
             f"({_some(list(network.trunk))}); the file has {_some(_weights(largest))}.{way}"
@@ -298,12 +329,19 @@ def _misfit(
     shapes = [
         f"{name} is {_size(tuple(best.state[name].shape))}, not {_size(network.trunk[name])}"
         for name in best.missing
-        if name in best.state
+        if name in best.state and tuple(best.state[name].shape) != network.trunk[name]
+    ]
+    types = [
+        f"{name} is {_type(best.state[name])}"
+        for name in best.missing
+        if name in best.state and tuple(best.state[name].shape) == network.trunk[name]
     ]
     absent = [name for name in best.missing if name not in best.state]
     faults = [f"Missing: {_some(absent)}"] if absent else []
     faults += [f"Of another shape: {_some(shapes)}"] if shapes else []
-    beyond = [name for name in best.given if name not in network.names]
+    faults += [f"Not in plain numbers (quantised weights?): {_some(types)}"] if types else []
+    under = _under(best.prefix, dict(found).get(best.where, {}))
+    beyond = [name for name in under if name not in network.names]
     has = f" The file has {_some(beyond)} instead." if absent and beyond else ""
     return (
         f"{spec}: the weights{_from(best)} do not fit the architecture. {'. '.join(faults)}."
@@ -337,6 +375,11 @@ def _some(names: Any, shown: int = SHOWN) -> str:
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def _type(tensor: Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return kind if tensor.layout == strided else f"{kind}, {tensor.layout}".replace("torch.", "")
 
 
 def _size(shape: tuple[int, ...]) -> str:

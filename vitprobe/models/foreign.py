@@ -61,6 +61,8 @@ SWIN = (
     (r"encoder\.layers\.(\d+)\.downsample\.", r"layers.\1.downsample."),
     (r"layernorm\.", "norm."),
 )  # fmt: skip
+# Blocks in groups, as they are trained; each has its own number all the same.
+CHUNKS = ((r"blocks\.\d+\.(\d+)\.", r"blocks.\1."),)
 # A key that only one layout has, the layout's name, its renames, its classifiers.
 LAYOUTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, str]], ...] = (
     (r"encoder\.layers\.\d+\.blocks\.\d+\.attention\.self\.", "transformers (Swin)", SWIN,
@@ -71,6 +73,7 @@ LAYOUTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, str]], ...
     (r"encoder\.layer\.\d+\.attention\.attention\.query\.", "transformers (ViT)", VIT,
      {"classifier.": "head.", "cls_classifier.": "head.",
       "distillation_classifier.": "head_dist."}),
+    (r"blocks\.\d+\.\d+\.", "DINOv2's training code", CHUNKS, {}),
 )  # fmt: skip
 # Keys by which other libraries' files are known, for the line that says how to go on.
 OTHERS = (

@@ -14,7 +14,7 @@ from vitprobe.errors import VitprobeError
 from vitprobe.models.contents import Contents
 
 # In names of arrays that belong to no layer which timm's networks have, or may differ in size.
-HEAD, TABLE, LEFT_OUT = "head/", "pos", ("pre_logits/",)
+HEAD, TABLE, BEFORE_HEAD = "head/", "pos", "pre_logits/"
 # Where the network is in files that hold an optimizer or a text tower beside it.
 TOWERS = ("opt/target/", "params/img/", "params/")
 
@@ -37,7 +37,12 @@ def load_npz(
         if any(name.startswith(tower) for name in arrays):
             arrays = {n: a for n, a in arrays.items() if n.startswith(tower)}
             break
-    heads = [a.shape[-1] for n, a in arrays.items() if HEAD in n and n.endswith("bias")]
+    left_out = [n for n in arrays if BEFORE_HEAD in n]
+    if left_out:
+        # The classifier takes what that layer puts out, which timm's networks no longer have.
+        left_out += [n for n in arrays if HEAD in n]
+    heads = [a.shape[-1] for n, a in arrays.items()
+             if HEAD in n and n.endswith("bias") and a.ndim and not left_out]  # fmt: skip
     module = make(num_classes=heads[0] if heads else 0, pretrained=False)
     reader: Any = getattr(module, "load_pretrained", None)
     if reader is None:
@@ -62,8 +67,9 @@ def load_npz(
     unset = [name for name, tensor in weights.items() if tensor.isnan().any()]
     if unset:
         raise VitprobeError(f"{spec}: the file lacks {', '.join(unset[:3])} and what follows.")
-    _check_rest(spec, arrays, weights)
-    return module, {"layout": "Google's .npz", **_resampled(arrays, weights)}
+    _check_rest(spec, {n: a for n, a in arrays.items() if n not in left_out}, weights)
+    said = {"left_out": left_out} if left_out else {}
+    return module, {"layout": "Google's .npz", **said, **_resampled(arrays, weights)}
 
 
 def _check_patches(spec: str, arrays: Mapping[str, np.ndarray], module: nn.Module) -> None:
@@ -83,8 +89,7 @@ def _check_rest(
     spec: str, arrays: Mapping[str, np.ndarray], weights: Mapping[str, torch.Tensor]
 ) -> None:
     """timm takes what it looks for: a deeper network's further blocks would go unnoticed."""
-    without = (TABLE, *LEFT_OUT)
-    has = sum(a.size for n, a in arrays.items() if not any(word in n for word in without))
+    has = sum(a.size for n, a in arrays.items() if TABLE not in n)
     used = sum(t.numel() for n, t in weights.items() if TABLE not in n)
     if has > used:
         raise VitprobeError(

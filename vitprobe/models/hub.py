@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 # A slow hub takes seconds for an answer and works; one that takes longer would take minutes.
-PATIENCE_S = 10.0
+PATIENCE_S, CLIENT_PATIENCE_S = 8.0, 10
+# The same request goes without an answer, or without a byte more, this often; an error of the
+# hub's machines this often: the first question is whether a cached file is still right.
+SILENCES, ERRORS = 2, 3
+TOO_MANY = 429
 # Codes of answers -> what they mean and what to do.
 ANSWERS = {
     401: "has no repository {name}, or it is private (401): check the name, or `hf auth login`",
@@ -20,6 +27,10 @@ ANSWERS = {
 }
 
 
+class Stalled(OSError):
+    """The hub has stopped answering in the middle of a download."""
+
+
 @contextmanager
 def hub() -> Iterator[None]:
     """Within it, a hub that does not answer fails at once; a cached file is used all the same.
@@ -29,18 +40,19 @@ def hub() -> Iterator[None]:
     time anew: a connection may be back, or gone, within one Python session.
     """
     from huggingface_hub import constants
+    from huggingface_hub.utils import logging
 
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
+    level = logging.get_verbosity()
     offline = constants.HF_HUB_OFFLINE
-    hub_log.setLevel(logging.ERROR)
+    logging.set_verbosity_error()
     try:
         if not offline and not _answers(constants.ENDPOINT):
             constants.HF_HUB_OFFLINE = True
-        yield
+        with _impatient():
+            yield
     finally:
         constants.HF_HUB_OFFLINE = offline
-        hub_log.setLevel(level)
+        logging.set_verbosity(level)
 
 
 def what_it_said(error: BaseException, name: str) -> str:
@@ -51,6 +63,9 @@ def what_it_said(error: BaseException, name: str) -> str:
         name: of the repository or model.
     """
     chain = list(_chain(error))
+    stalled = next((one for one in chain if isinstance(one, Stalled)), None)
+    if stalled is not None:
+        return f"The download of {name} broke off: {stalled}. Try again later."
     for one in chain:
         code = getattr(getattr(one, "response", None), "status_code", None)
         code = code or getattr(one, "code", None)
@@ -69,7 +84,7 @@ def what_it_said(error: BaseException, name: str) -> str:
                 "ConnectionError", "ConnectTimeout"}:  # fmt: skip
         return (
             f"The weights of {name} are not in the local cache, and the model hub cannot be "
-            f"reached."
+            f"reached{_through()}."
         )
     return f"The download of {name} broke off ({type(error).__name__}: {_first(error)})."
 
@@ -85,6 +100,74 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _first(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:160].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Within it the hub's client gives up what does not get better by asking again.
+
+    By itself it asks six times, for up to a minute each, and waits in between for as long as the
+    hub says. A download that goes on, however slowly, is not given up.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    session: Any = get_session()
+    # Who has set another limit than the client's own wants that one.
+    set_by_user = constants.HF_HUB_DOWNLOAD_TIMEOUT not in (None, CLIENT_PATIENCE_S)
+    patience = constants.HF_HUB_DOWNLOAD_TIMEOUT if set_by_user else PATIENCE_S
+    if not hasattr(session, "event_hooks"):
+        # Clients before version 1 have no such hooks; they take their time.
+        yield
+        return
+    begun: Counter[tuple[str, str, str]] = Counter()
+    answered: Counter[tuple[str, str, str]] = Counter()
+
+    def key(request: Any) -> tuple[str, str, str]:
+        # One that goes on from where it broke off asks for another range.
+        return request.method, str(request.url), request.headers.get("Range", "")
+
+    def ask(request: Any) -> None:
+        one = key(request)
+        # What has been downloaded is not asked for again: an answer to GET was no whole one.
+        if begun[one] - (answered[one] if request.method == "HEAD" else 0) >= SILENCES:
+            raise Stalled(
+                f"{SILENCES} times the model hub ended it, or sent nothing for {patience:.0f} s"
+            )
+        begun[one] += 1
+        limits = request.extensions.get("timeout") or {}
+        for kind, seconds in limits.items():
+            limits[kind] = patience if seconds is None else min(seconds, patience)
+
+    def hear(response: Any) -> None:
+        one = key(response.request)
+        answered[one] += 1
+        code = response.status_code
+        if code == TOO_MANY or (code >= 500 and answered[one] >= ERRORS):
+            hf_raise_for_status(response)
+
+    before = session.event_hooks
+    session.event_hooks = {
+        "request": [*before["request"], ask],
+        "response": [*before["response"], hear],
+    }
+    try:
+        yield
+    finally:
+        session.event_hooks = before
+
+
+def _through() -> str:
+    """By which proxy the hub is asked, in words, without a password in it."""
+    from huggingface_hub import constants
+
+    endpoint = urlsplit(constants.ENDPOINT)
+    proxies = getproxies()
+    proxy = urlsplit(proxies.get(endpoint.scheme) or proxies.get("all") or "")
+    if not proxy.hostname or proxy_bypass(endpoint.hostname or ""):
+        return ""
+    port = f":{proxy.port}" if proxy.port else ""
+    return f" through the proxy {proxy.scheme}://{proxy.hostname}{port}"
 
 
 def _answers(endpoint: str) -> bool:

@@ -18,7 +18,7 @@ from vitprobe.errors import VitprobeError
 from vitprobe.models.contents import read, read_json
 from vitprobe.models.creation import create, file_origin, from_file
 from vitprobe.models.factories import from_factory
-from vitprobe.models.fitting import fit
+from vitprobe.models.fitting import fit, put
 from vitprobe.models.model import Model
 from vitprobe.models.names import (
     ALIASES,
@@ -178,7 +178,7 @@ def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: i
         return replace(base, origin=_trained(card), details={"card": card})
     contents = read(Path(weights).expanduser())
     fitted = fit(spec, contents, plain_reference(module))
-    module.load_state_dict(fitted.state, strict=False)
+    put(spec, module, fitted)
     details = {**contents.details(), **fitted.details()}
     origin = "; ".join(filter(None, [file_origin(name, details), fitted.said()]))
     return replace(base, name=label(spec), origin=origin, details=details)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 CLASSES = 11
 # Tensors at the top of a network that are part of what it computes: one that a file has and the
 # network lacks makes it another network.
-INPUTS = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens", "pos_embed")
+INPUTS = ("class_embedding", "pos_embed", "positional_embedding")
+# In names of what joins the tokens of a network, but for those in place of masked ones; and of what
+# is added to its weights.
+JOINS, MASKS, ADDS = ("token", "register", "prompt"), ("mask",), r"lora|(^|[._])(rope|rotary)"
+# The last norm of a network, which timm's own files of some networks lack.
+LAST_NORM = r"head\.norm\.(weight|bias)"
+# Numbers as a network computes with them: others (int8, float8) need scales that it has no place
+# for.
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a profiler (thop) leaves in every module.
 RECORDS = ("total_ops", "total_params")
 
@@ -57,7 +66,7 @@ class Reference:
     def classes(self, state: Mapping[str, Tensor]) -> int:
         """Of the classifier in a state dict; 0 where it has none."""
         for name, shape in self.head.items():
-            if name not in state or state[name].ndim != len(shape):
+            if name not in state or state[name].ndim != len(shape) or not is_plain(state[name]):
                 return 0
         counts = {
             state[name].shape[i]
@@ -81,11 +90,24 @@ class Reference:
         first, _, rest = name.partition(".")
         if not tensor.is_floating_point() or name.rpartition(".")[2] in RECORDS:
             return False
+        if re.search(ADDS, name.lower()):
+            return True
         if not rest:
-            return first in INPUTS
+            joins = any(word in first for word in JOINS)
+            return first in INPUTS or (joins and not any(word in first for word in MASKS))
         if first in {head.partition(".")[0] for head in self.head} | {"head", "fc", "classifier"}:
             return False
         return hasattr(self.module, first)
+
+
+def norm_alone(missing: list[str]) -> bool:
+    """Whether nothing but the last norm of a network is missing."""
+    return all(re.fullmatch(LAST_NORM, name) for name in missing)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds weights in numbers that can be taken as they are."""
+    return tensor.dtype in NUMBERS and tensor.layout == torch.strided
 
 
 def reference(make: Callable[..., nn.Module]) -> Reference:

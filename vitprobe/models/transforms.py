@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import isclose, isfinite
 from typing import Any
 
 from torch import nn
 
+from vitprobe.errors import VitprobeError, describe
 from vitprobe.models.contents import Contents
 from vitprobe.models.unpickling import StandIn
 
+PREPROCESSOR = "preprocessor_config.json"
 KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 # PIL's numbers of its filters, as transformers writes them.
 FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+CROPS = ("center", "squash", "border")
 
 
 def timm_transform(
@@ -63,9 +68,28 @@ def recipe_of(contents: Contents) -> tuple[dict[str, Any], str]:
     """What a file or the configuration beside it says of the transform, and which of them.
 
     Both are empty where neither says anything.
+
+    Raises:
+        VitprobeError: it says something that is no transform.
     """
+    recipe, source = _recipe_of(contents)
+    for key, value in recipe.items():
+        if value and not _usable(key, value):
+            raise VitprobeError(
+                f"{contents.file}: {source} says that {key} is {value!r}, which is no {key} of a "
+                f"transform."
+            )
+    return recipe, source
+
+
+def _recipe_of(contents: Contents) -> tuple[dict[str, Any], str]:
     if contents.preprocessor:
-        return _of_transformers(contents.preprocessor), "preprocessor_config.json"
+        try:
+            return _of_transformers(contents.preprocessor), PREPROCESSOR
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise VitprobeError(
+                f"{contents.file}: {PREPROCESSOR} gives no transform: {describe(error)}"
+            ) from error
     timm_config = contents.config.get("pretrained_cfg")
     if isinstance(timm_config, dict):
         return _chosen(timm_config), "config.json"
@@ -82,13 +106,29 @@ def _chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
+def _usable(key: str, value: Any) -> bool:
+    """Whether a transform can be made with it."""
+    if key in ("mean", "std"):
+        channels = isinstance(value, tuple) and len(value) in (1, 3)
+        numbers = channels and all(isinstance(v, int | float) and isfinite(v) for v in value)
+        return numbers and (key == "mean" or min(value) > 0)
+    if key == "crop_pct":
+        return isinstance(value, int | float) and isfinite(value) and value > 0
+    known = (*FILTERS.values(), "random") if key == "interpolation" else CROPS
+    return value in known
+
+
 def _of_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     recipe: dict[str, Any] = {}
+    # Pixels times 255 times this are what the mean and deviation are of.
+    scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
+    scale = 1.0 if isclose(scale, 1, rel_tol=1e-6) else scale
     if config.get("do_normalize", True) and config.get("image_mean") and config.get("image_std"):
-        recipe = {"mean": tuple(config["image_mean"]), "std": tuple(config["image_std"])}
+        for key in ("mean", "std"):
+            recipe[key] = tuple(value / scale for value in config[f"image_{key}"])
     elif config.get("do_normalize") is False:
-        recipe = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    if config.get("resample") in FILTERS:
+        recipe = {"mean": (0.0, 0.0, 0.0), "std": (1.0 / scale,) * 3}
+    if isinstance(config.get("resample"), int) and config["resample"] in FILTERS:
         recipe["interpolation"] = FILTERS[config["resample"]]
     size, crop = config.get("size"), config.get("crop_size")
     shortest = size.get("shortest_edge") if isinstance(size, dict) else None

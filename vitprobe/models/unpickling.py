@@ -7,11 +7,14 @@ whatever it is given, does nothing with it, and keeps the plain values of its st
 
 from __future__ import annotations
 
+import io
 import pickletools
 import warnings
+import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -27,6 +30,10 @@ FILLED_LIKE = {
 }
 # In front of the data in files from before torch 1.6: magic number, version, system.
 LEGACY_HEADERS = 3
+# What tells an archive of TorchScript from a checkpoint, and where its code is.
+CONSTANTS, CODE = "constants.pkl", "code"
+# In names of TorchScript's classes.
+SCRIPTED = "__torch__"
 
 
 class StandIn:
@@ -50,7 +57,8 @@ def load(path: Path) -> Any:
     Raises:
         Exception: of any kind, where the file is damaged or no checkpoint of torch.
     """
-    stand_ins = {name: _stand_in(name, FILLED_LIKE.get(name)) for name in _unknown(path)}
+    source: Any = _without_code(path)
+    stand_ins = {name: _stand_in(name, FILLED_LIKE.get(name)) for name in _unknown(source)}
     while True:
         try:
             # Tuples give the name in the file for which each object stands.
@@ -59,7 +67,11 @@ def load(path: Path) -> Any:
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")
-                return torch.load(path, map_location="cpu", weights_only=True)
+                # torch goes by the ending of a path; what a file is shows in its bytes.
+                file = source if isinstance(source, io.BytesIO) else source.open("rb")
+                file.seek(0)
+                with nullcontext() if file is source else file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             wrong = _filled(str(error), stand_ins)
             if wrong is None:
@@ -87,13 +99,44 @@ def _filled(reason: str, stand_ins: dict[str, Any]) -> tuple[str, type] | None:
     return None
 
 
-def _unknown(path: Path) -> list[str]:
+def of_module(thing: Any) -> bool:
+    """Whether a stand-in stands for a module: one that was saved whole, or one of TorchScript."""
+    if not isinstance(thing, StandIn):
+        return False
+    return isinstance(vars(thing).get("_modules"), dict) or scripted(thing)
+
+
+def scripted(thing: StandIn) -> bool:
+    """Whether a stand-in stands for a module of TorchScript, which holds its parts as its own."""
+    return SCRIPTED in str(type(thing).__module__).split(".")
+
+
+def _without_code(path: Path) -> Path | io.BytesIO:
+    """The file itself; of an archive of TorchScript its data alone, as a checkpoint has them."""
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: name.split("/")[1:] for name in archive.namelist()}
+        if [CONSTANTS] not in parts.values():
+            return path
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w") as copy:
+            for name, inside in parts.items():
+                if inside and inside[0] not in (CONSTANTS, CODE, "constants"):
+                    copy.writestr(name, archive.read(name))
+    data.seek(0)
+    return data
+
+
+def _unknown(source: Path | io.BytesIO) -> list[str]:
     """Names of what the file refers to and torch does not know as harmless."""
+    if isinstance(source, io.BytesIO):
+        return torch.serialization.get_unsafe_globals_in_checkpoint(source)
     try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        return torch.serialization.get_unsafe_globals_in_checkpoint(str(source))
     except ValueError:
         pass  # no zip: a file from before torch 1.6, or none of torch's
-    with path.open("rb") as file:
+    with source.open("rb") as file:
         try:
             for _ in range(LEGACY_HEADERS):
                 list(pickletools.genops(file))
