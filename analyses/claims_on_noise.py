@@ -42,7 +42,7 @@ from vitprobe.images.sources import Images, open_images
 from vitprobe.models.model import Model
 from vitprobe.results.result import FAILS, HOLDS, OPEN, Finding
 
-SIDE, IMAGES = 32, 64
+SIDE, IMAGES = 32, 48
 ONE_PASS = ["attention_distance", "head_subsets", "skip_ratio", "skip_ablation", "localization",
             "token_norms", "frequency", "occlusion"]  # fmt: skip
 
@@ -59,9 +59,9 @@ def networks(draw: int) -> list[Model]:
     for name, more in (("vit", {}), ("gap", {"class_token": False, "global_pool": "avg"})):
         more = {**more, "reg_tokens": 2 * (draw % 4 > 1)}
         made[name] = VisionTransformer(
-            img_size=SIDE, patch_size=4, embed_dim=48, depth=6, num_heads=3, num_classes=10, **more
+            img_size=SIDE, patch_size=8, embed_dim=24, depth=6, num_heads=3, num_classes=10, **more
         )  # fmt: skip
-    made["cnn"] = timm.create_model("resnet18", num_classes=10, zero_init_last=False)
+    made["cnn"] = timm.create_model("resnet10t", num_classes=10, zero_init_last=False)
     with torch.no_grad():
         for name in ("vit", "gap"):
             torch.nn.init.normal_(made[name].pos_embed)
@@ -84,8 +84,9 @@ def claims(draw: int, wanted: Callable[[str], bool]) -> Iterator[Finding]:
     models, shown = networks(draw), images(draw)
     options = {"batch_size": 8, "device": "cpu", "seed": draw}
     chosen = [name for name in ONE_PASS if wanted(name)]
+    own = {"levels": (0.5,), "shuffle": (4,)} if "occlusion" in chosen else {}
     if chosen:
-        for result in measure_all(chosen, models, shown, **options).values():
+        for result in measure_all(chosen, models, shown, **own, **options).values():
             yield from result.findings()
     if wanted("attention_statistics"):
         found = measure_all(["attention_statistics"], models[:2], shown, **options)

@@ -127,6 +127,8 @@ def test_predictions_one_image_at_a_time(images):
         share = kept / 24
         np.testing.assert_allclose(result.agreement[m], share)
         np.testing.assert_allclose(result.agreement_se[m], np.sqrt(share * (1 - share) / 23))
+    told = [np.bincount(model.module(images).argmax(1)).max() / 24 for model in models]
+    np.testing.assert_allclose(result.meta["commonest"], told)
     assert result.agreement[0, 3] == 1 and result.agreement[1, 3] < 0.95
     assert np.isnan(result.accuracy).all()
 
@@ -226,9 +228,9 @@ def test_what_cannot_be_is_told(images):
 def test_findings_and_figures(images, tmp_path):
     result = measure([net(Mean), net(Corner)], images, levels=[0.5], shuffle=[2, 4])
     assert not result.findings()  # neither attends
-    result.meta["attends"] = [True, False]
+    result.meta["attends"], result.meta["commonest"] = [True, False], [0.3, 0.3]
     result.agreement_se[:] = 0.02
-    for vit, cnn, verdict in ((0.9, 0.4, HOLDS), (0.4, 0.9, FAILS), (0.5, 0.52, OPEN)):
+    for vit, cnn, verdict in ((0.9, 0.4, HOLDS), (0.4, 0.9, FAILS), (0.55, 0.5, OPEN)):
         result.agreement[0, 1:], result.agreement[1, 1:] = vit, cnn
         assert [one.verdict for one in result.findings()] == [verdict] * 2
     ax = result.plot(result.figure().subplots())

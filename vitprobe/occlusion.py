@@ -204,10 +204,10 @@ class _Watch(Watch):
         self.count = int(self.labels.max()) + 1 if self.labels is not None else 0
         if ready.images.classes:
             self.count = len(ready.images.classes)
-        size = len(ready.models), len(self.shares)
+        size, most = (len(ready.models), len(self.shares)), max(n for _, n in self.outputs)
         super().__init__(
             ready,
-            ready.sums(same=size, right=size, seen=(), labelled=()),
+            ready.sums(same=size, right=size, seen=(), labelled=(), told=(size[0], most)),
             {"levels": list(asked.levels), "shuffle": list(asked.shuffle), "fill": asked.fill},
         )
         self._clean: list[Tensor] = [torch.empty(0)] * len(ready.models)
@@ -237,6 +237,9 @@ class _Watch(Watch):
             for m, inputs in enumerate(batch.inputs):
                 if level == 0:
                     found = self._clean[m]
+                    self.sums["told"][m] += torch.bincount(
+                        found, minlength=len(self.sums["told"][m])
+                    )
                 else:
                     changed = (
                         shuffled(inputs, orders, cells) if cells > 1
@@ -263,6 +266,8 @@ class _Watch(Watch):
         classes = [count for _, count in self.outputs]
         meta["attends"] = [self.ready.layers(m).has_attention for m in range(len(classes))]
         meta["classes"], meta["labels"], meta["fill"] = classes, self.count, self.fill
+        # Who tells one class of all images does so whatever is missing of them.
+        meta["commonest"] = (sums["told"].max(1) / sums["seen"]).tolist()
         agreement, agreement_se = _share(sums["same"], sums["seen"])
         accuracy, accuracy_se = _share(sums["right"], sums["labelled"])
         for array in (accuracy, accuracy_se):

@@ -19,6 +19,10 @@ from vitprobe.results import drawing
 from vitprobe.results.result import Finding, decide, plain, plus_minus
 from vitprobe.statistics.hsic import jackknife, normalise
 
+# How much "less alike" and "more alike" are, in CKA: ours. Networks that learnt nothing differ as
+# surely, by less.
+CHANGE = 0.05
+
 
 def in_pairs(models: Any) -> tuple[list[Any], list[list[int]]]:
     """A B A2 B2 ... -> each model once, and the pairs as indices into that list.
@@ -117,9 +121,9 @@ def findings(result: Any) -> list[Finding]:
             Finding(
                 f"{names[a]} and {names[b]} are less alike at the same depth, the deeper it is",
                 "Raghu et al. 2021, Fig. 12",
-                decided(*one["fall"]),
+                decided(one["fall"][0], one["fall"][1], CHANGE),
                 f"mean CKA of the lowest third minus that of the highest: "
-                f"{plus_minus(*one['fall'])} (threshold > 0); of all layers "
+                f"{plus_minus(*one['fall'])} (threshold > {CHANGE}); of all layers "
                 f"{plus_minus(*one['mean'])}",
                 "less alike the deeper",
                 over,
@@ -132,9 +136,10 @@ def findings(result: Any) -> list[Finding]:
                     f"{names[a]} is more like {names[b]} than {names[before['pair'][0]]} is "
                     f"(pairs given from little to much training data)",
                     "Raghu et al. 2021, Fig. 12",
-                    decided(*one["rise"]),
+                    decided(one["rise"][0], one["rise"][1], CHANGE),
                     f"mean CKA at the same depth {plus_minus(*one['mean'])}, "
-                    f"{plus_minus(*one['rise'])} above the pair before (threshold > 0)",
+                    f"{plus_minus(*one['rise'])} above the pair before (threshold > "
+                    f"{CHANGE})",
                     "more alike with more data",
                     over,
                     [names[a], names[b], names[before["pair"][0]]],

@@ -12,6 +12,9 @@ from vitprobe.results.result import Finding, combine, decide, plus_minus
 
 # How much CKA across the block has to lose to have collapsed: ours.
 COLLAPSE = 0.1
+# "Above" and "below", of logarithms of ratios: ours, a quarter of the ratio. Tokens of random
+# weights differ as surely, mostly by less.
+ABOVE = 0.25
 
 
 def ratio(result: Any) -> list[Finding]:
@@ -29,9 +32,12 @@ def ratio(result: Any) -> list[Finding]:
                 f"in {name} the class token's ratio is above the spatial tokens' in the first "
                 f"half, below in the second",
                 source,
-                combine([decided(*first), decided(-second[0], second[1])]),
+                combine(
+                    [decided(first[0], first[1], ABOVE), decided(-second[0], second[1], ABOVE)]
+                ),
                 f"mean log ratio of class token minus spatial: first half "
-                f"{plus_minus(*first)}, second half {plus_minus(*second)} (thresholds > 0 and < 0)",
+                f"{plus_minus(*first)}, second half {plus_minus(*second)} "
+                f"(thresholds > {ABOVE} and < -{ABOVE})",
                 "class token above, then below",
                 f"{len(result.of(model))} additions",
                 [name],
@@ -46,9 +52,10 @@ def ratio(result: Any) -> list[Finding]:
             Finding(
                 f"the ratios of {result.models[a]} are above those of {result.models[b]}",
                 source,
-                decided(*difference),
+                decided(*difference, ABOVE),
                 f"mean log ratio over locations and additions {plus_minus(*vit)} and "
-                f"{plus_minus(*cnn)}, difference {plus_minus(*difference)} (threshold > 0)",
+                f"{plus_minus(*cnn)}, difference {plus_minus(*difference)} "
+                f"(threshold > {ABOVE})",
                 "ViT ratios above the CNN's",
                 f"{len(result.of(a))} and {len(result.of(b))} additions",
                 [result.models[a], result.models[b]],
