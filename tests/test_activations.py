@@ -87,6 +87,12 @@ def test_places_of_tokens(images):
     oblong = torch.randn(2, 3, 32, 48)
     with vitprobe.capture(net, "blocks.0") as seen, torch.no_grad():
         net(oblong)
+        # While hooks are on, too: the pass that tells places is none of the user's.
+        assert seen.grid("blocks.0").shape == (2, 4, 6, 16)
+        assert len(seen["blocks.0"]) == 2
+        net(oblong[[0, 1, 1]])
+        assert seen.grid("blocks.0").shape == (3, 4, 6, 16)
+        net(oblong)
     assert seen.grid("blocks.0").shape == (2, 4, 6, 16)
     torch.testing.assert_close(seen.prefix("blocks.0"), seen["blocks.0"][:, :3])
     torch.testing.assert_close(seen.grid("blocks.0").flatten(1, 2), seen["blocks.0"][:, 3:])

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from vitprobe import __main__
+from vitprobe import __main__, layer_table
 from vitprobe.models.names import ALIASES, bundled_models
 
 
@@ -69,22 +69,30 @@ def test_no_model_that_matches_is_an_error_with_the_nearest(caches, capsys):
     assert "No model matches 'vit_b61'. Did you mean" in error and error.count("\n") == 1
 
 
-def test_layers_lists_names_shapes_kinds_and_the_choices_they_are_in(capsys):
-    rows = json.loads(told(capsys, "layers", "vit_small_box@random", "--json"))
+@pytest.fixture
+def untried(monkeypatch):
+    """Measurements are not tried: what can be had has tests of its own."""
+    monkeypatch.setattr(layer_table, "applicable", lambda *_: {})
+
+
+def test_layers_lists_names_shapes_kinds_and_the_choices_they_are_in(untried, capsys):
+    rows = json.loads(told(capsys, "layers", "vit_small_box@random", "--json"))["layers"]
     by_name = {row["name"]: row for row in rows}
     # 8 × 8 patches and a class token, 128 wide; forward order.
     assert by_name["blocks.0.mlp hidden"] == {
         "name": "blocks.0.mlp hidden", "shape": [65, 512], "kind": "MLP hidden",
-        "choices": ["paper"],
+        "choices": ["paper"], "grid": [8, 8], "prefix": 1,
+        "also": ["blocks.0.mlp.act", "blocks.0.mlp.drop1", "blocks.0.mlp.norm"],
     }  # fmt: skip
-    assert by_name["blocks.0 sum 1"]["kind"] == "residual sum"
+    assert by_name["blocks.0 sum 1"]["kind"] == "addition"
     assert by_name["blocks.5"]["choices"] == ["blocks", "all"]
-    assert by_name["head"] == {"name": "head", "shape": [10], "kind": "Linear", "choices": ["all"]}
+    assert by_name["head"]["shape"] == [10] and by_name["head"]["kind"] == "Linear"
     names = list(by_name)
     assert names.index("blocks.0.norm1") < names.index("blocks.0 sum 1") < names.index("blocks.1")
     table = told(capsys, "layers", "vit_small_box@random", "--layers", "blocks")
     assert table.startswith("vit_small_box (random): 6 layers for images of 3 × 32 × 32\n")
-    assert [line.split()[0] for line in table.splitlines()[3:]] == [f"blocks.{i}" for i in range(6)]
+    names = [line.split()[0] for line in table.splitlines()[3:9]]
+    assert names == [f"blocks.{i}" for i in range(6)]
 
 
 def test_layers_of_nothing_is_one_line(capsys):

@@ -12,7 +12,7 @@ PACKAGE = Path(vitprobe.__file__).parent
 MEASUREMENTS = list(measurements())
 # A module may import from its own floor or a lower one: from the commands down to the errors.
 FLOORS = (
-    ("__main__", "listing", "activations", "extract"),
+    ("__main__", "listing", "layer_table", "activations", "extract"),
     ("report",),
     ("redraw", "together", *MEASUREMENTS),
     ("cli",),

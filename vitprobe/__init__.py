@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vitprobe.errors import VitprobeError
     from vitprobe.extract import extract
     from vitprobe.images.sources import open_images
+    from vitprobe.layer_table import layers
     from vitprobe.models.loading import Model, load_model, wrap
     from vitprobe.results.result import Result, load_result
     from vitprobe.together import measure_all
@@ -22,6 +23,7 @@ _HOME = {
     "attention_maps": "vitprobe.activations",
     "capture": "vitprobe.activations",
     "extract": "vitprobe.extract",
+    "layers": "vitprobe.layer_table",
     "load_model": "vitprobe.models.loading",
     "wrap": "vitprobe.models.loading",
     "Model": "vitprobe.models.loading",
@@ -40,6 +42,7 @@ __all__ = [
     "attention_maps",
     "capture",
     "extract",
+    "layers",
     "load_model",
     "load_result",
     "measure_all",

@@ -18,7 +18,7 @@ OTHERS = ("report", "extract", "redraw")
 # Commands that are no module of their own: where they are, and what they do.
 ELSEWHERE = {
     "models": ("vitprobe.listing", "list_models", "What --models takes: names, aliases, timm's."),
-    "layers": ("vitprobe.listing", "list_layers", "The layers of a model, for --layers."),
+    "layers": ("vitprobe.layer_table", "list_layers", "A model's layers, and what it can have."),
 }
 
 

@@ -11,7 +11,6 @@ their images, and places of tokens are followed through the pass.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,14 +24,10 @@ from vitprobe.errors import NotApplicable, VitprobeError, nearest
 from vitprobe.models.example import at_an_example
 from vitprobe.models.loading import load_models
 from vitprobe.models.model import Model
-from vitprobe.tracing.additions import AdditionHooks
 from vitprobe.tracing.attention import map_attention, observe
 from vitprobe.tracing.capture import capture as capture_layers
-from vitprobe.tracing.layers import Layer, LayerMap, map_layers
+from vitprobe.tracing.layers import Choice, Layer, LayerMap, map_layers
 from vitprobe.tracing.places import Places, find_places
-
-# "blocks.3 skip" and "blocks.3 branch" are what "blocks.3 sum" adds; numbered as the sums are.
-_OPERAND = re.compile(r"(.*) (skip|branch)( \d+)?")
 
 
 class Activations(Mapping[str, Any]):
@@ -43,6 +38,7 @@ class Activations(Mapping[str, Any]):
         self._values: dict[str, Any] = {}
         self._inputs: Tensor | None = None
         self._places: dict[str, Places | str] = {}
+        self._looking = False  # a pass that is ours, and leaves nothing
 
     def __getitem__(self, name: str) -> Any:
         if name in self._values:
@@ -84,12 +80,14 @@ class Activations(Mapping[str, Any]):
         self[name]  # was captured
         if not self._places and self._inputs is not None:
             module, layers = self._model.module, list(self._layers.values())
-            with _evaluating(module), torch.no_grad():
-                found = find_places(module, layers, self._inputs)
+            self._looking = True
+            try:
+                with _evaluating(module), torch.no_grad():
+                    found = find_places(module, layers, self._inputs)
+            finally:
+                self._looking = False
             self._places = dict(zip(self._layers, found))
-        operand = _OPERAND.fullmatch(name)
-        sum_of = f"{operand[1]} sum{operand[3] or ''}" if operand else name
-        places = self._places[sum_of]
+        places = self._places[name]
         if isinstance(places, str):
             raise NotApplicable(
                 f"The layer {name} of {self._model.name} has no grid of places: {places}.",
@@ -101,7 +99,7 @@ class Activations(Mapping[str, Any]):
 @contextmanager
 def capture(
     model: Any,
-    layers: str | Sequence[str] = "blocks",
+    layers: Choice = "blocks",
     *,
     example: Tensor | None = None,
     grad: bool = False,
@@ -112,9 +110,9 @@ def capture(
 
     Args:
         model: a ``Model``, a module in evaluation mode, or a spec.
-        layers: ``blocks``, ``paper``, ``all``, or names with wildcards, as ``vitprobe layers``
-            prints them; a residual addition has its operands too, ``blocks.3 skip`` and
-            ``blocks.3 branch`` beside ``blocks.3 sum``.
+        layers: ``blocks``, ``paper``, ``all``, numbers, or names with wildcards, as
+            ``vitprobe.layers`` lists them: ``blocks.3 skip`` and ``blocks.3 branch``, which a
+            residual addition adds, beside ``blocks.3 sum``.
         example: (n, C, H, W) images of the size to come, where that is not the model's own.
         grad: keep the tensors in the graph, so that gradients flow; else copies are kept.
         to_cpu: keep them in the memory of the CPU.
@@ -131,19 +129,15 @@ def capture(
     """
     (loaded,) = load_models(model)
     module = loaded.module
-    wanted = [layers] if isinstance(layers, str) else list(layers)
     at = _example(loaded) if example is None else _two(example)
-    found = _found(loaded, at)
-    operands = [match for one in wanted if (match := _OPERAND.fullmatch(one))]
-    plain = [one for one in wanted if not _OPERAND.fullmatch(one)]
-    chosen = found.choose(plain) if plain else []
-    sums = {match[0]: found.choose(f"{match[1]} sum{match[3] or ''}")[0] for match in operands}
-    extra = [layer for layer in sums.values() if layer.label not in {la.label for la in chosen}]
-    seen = Activations(loaded, [*chosen, *extra])
+    chosen = _found(loaded, at).choose(layers)
+    seen = Activations(loaded, chosen)
     # Additions are found again by their shapes; other layers run at any size.
-    additions = any(layer.addition is not None for layer in (*chosen, *extra))
+    additions = any(layer.addition is not None for layer in chosen)
 
     def take(name: str, tensor: Tensor) -> None:
+        if seen._looking:
+            return
         if reduce is not None:
             seen._values[name] = reduce(name, tensor)
             return
@@ -152,6 +146,8 @@ def capture(
         seen._values[name] = kept
 
     def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if seen._looking:
+            return
         if module.training:
             raise VitprobeError(f"{loaded.name} is in training mode: call eval() first.")
         seen._values.clear()
@@ -165,25 +161,12 @@ def capture(
                     f"give capture(..., example=images)."
                 )
 
-    before: dict[Any, Callable[[Tensor, Tensor], None]] = {}
-    for addition in dict.fromkeys(layer.addition for layer in sums.values()):
-        mine = {name: layer for name, layer in sums.items() if layer.addition == addition}
-
-        def operands_of(skip: Tensor, branch: Tensor, mine: dict[str, Layer] = mine) -> None:
-            for name, layer in mine.items():
-                match = _OPERAND.fullmatch(name)
-                tensor = skip if match and match[2] == "skip" else branch
-                take(name, layer.by_image(tensor))
-
-        before[addition] = operands_of
+    labels = [layer.label for layer in chosen]
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
-        if before:
-            stack.enter_context(AdditionHooks(module, before=before))
-        labels = [layer.label for layer in chosen]
-        if chosen:
-            reducer = capture_layers(module, chosen, lambda i, tensor: take(labels[i], tensor))
-            stack.enter_context(reducer)
+        stack.enter_context(
+            capture_layers(module, chosen, lambda i, tensor: take(labels[i], tensor))
+        )
         yield seen
 
 

@@ -46,7 +46,7 @@ from vitprobe.statistics.hsic import (
 )
 from vitprobe.tracing.attention import AttentionMap, observe
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.layers import Layer
+from vitprobe.tracing.layers import Choice, Layer
 
 LOWEST = 4
 
@@ -133,7 +133,7 @@ RESULT = HeadSubsetsResult
 class HeadSubsets(Measurement):
     """Options of ``measure``."""
 
-    layers: str | Sequence[str] = option(
+    layers: Choice = option(
         "blocks",
         "of the CNN; blocks, paper, all, or names: the lowest four",
         nargs="+",
@@ -170,7 +170,7 @@ class _Watch(Watch):
     Gram of heads side by side is the sum of theirs.
     """
 
-    def __init__(self, ready: Session, layers: str | Sequence[str]) -> None:
+    def __init__(self, ready: Session, layers: Choice) -> None:
         self.attention, self.lowest = _choose(ready, layers)
         first = self.attention.layers[0]
         self.heads = first.heads
@@ -231,7 +231,7 @@ class _Watch(Watch):
 
 
 def measure(
-    models: Any, images: Any = None, *, layers: str | Sequence[str] = "blocks", **options: Any
+    models: Any, images: Any = None, *, layers: Choice = "blocks", **options: Any
 ) -> HeadSubsetsResult:
     """CKA of head subsets of a ViT's first block with a CNN's lowest layers.
 
@@ -266,7 +266,7 @@ def _rho(values: np.ndarray, distance: np.ndarray) -> float:
     return float(spearmanr(values, distance).statistic)
 
 
-def _choose(ready: Session, layers: str | Sequence[str]) -> tuple[AttentionMap, list[Layer]]:
+def _choose(ready: Session, layers: Choice) -> tuple[AttentionMap, list[Layer]]:
     """The attention of the first model and the lowest layers of the second."""
     names = " and ".join(model.name for model in ready.models)
     if len(ready.models) != 2:

@@ -1,8 +1,7 @@
-"""``vitprobe models`` and ``vitprobe layers``: what there is to compare, before any measurement."""
+"""``vitprobe models``: what there is to compare, before any measurement."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -12,9 +11,7 @@ from typing import Any
 from vitprobe import cli
 from vitprobe.errors import VitprobeError, nearest
 from vitprobe.models.names import ALIASES, bundled_models
-from vitprobe.running.options import Options
-from vitprobe.running.session import session
-from vitprobe.tracing.layers import CHOICES, Layer, LayerMap, map_layers
+from vitprobe.results.printing import as_table
 
 Row = dict[str, Any]
 HEADINGS = {"bundled": "Bundled with vitprobe", "alias": "Aliases", "timm": "timm"}
@@ -35,37 +32,10 @@ def list_models(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("pattern", nargs="?", metavar="PATTERN",
                         help="part of a name, or a name with wildcards")  # fmt: skip
-    _add_shared(parser)
-    args = parser.parse_args(argv)
-    return cli.guarded(lambda: _show_models(args.pattern, args.json), args.debug)
-
-
-def list_layers(argv: Sequence[str] | None = None) -> int:
-    """``vitprobe layers MODEL``: name, shape and kind of every layer."""
-    parser = cli.plain_parser(
-        "layers",
-        "List the layers of a model in forward order: the name for --layers, the shape of one "
-        "image's part, the kind, and which choices of --layers it belongs to.",
-        "vit_small_box",
-        "resnet50@random --layers paper",
-    )
-    parser.add_argument("model", metavar="MODEL", help="NAME, NAME@random or NAME@FILE")
-    parser.add_argument(
-        "--layers", nargs="+", default=["all", "paper"], metavar="L",
-        help="blocks, paper, all, or names with wildcards (default: all paper)",
-    )  # fmt: skip
-    parser.add_argument("--image-size", type=int, metavar="PX",
-                        help="for models that accept sizes other than their own")  # fmt: skip
-    parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")  # fmt: skip
-    _add_shared(parser)
-    args = parser.parse_args(argv)
-    return cli.guarded(lambda: _show_layers(args), args.debug)
-
-
-def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    return cli.guarded(lambda: _show_models(args.pattern, args.json), args.debug)
 
 
 def known_models(pattern: str | None = None) -> list[Row]:
@@ -139,7 +109,7 @@ def _show_models(pattern: str | None, as_json: bool) -> None:
         mine = [row for row in rows if row["kind"] == kind]
         if mine:
             print(heading)
-            _print_table([(row["name"], _described(row), _state(row)) for row in mine])
+            print(as_table([(row["name"], _described(row), _state(row)) for row in mine]))
             print()
     if pattern is None:
         print("Any timm model can be named too: `vitprobe models PATTERN` lists those that match.")
@@ -156,61 +126,3 @@ def _state(row: Row) -> str:
     if not row["trained"]:
         return "no trained weights: @random or @FILE"
     return "on this machine" if row["cached"] and row["kind"] != "bundled" else ""
-
-
-def _show_layers(args: argparse.Namespace) -> None:
-    options = Options(num_images=2, image_size=args.image_size, device=args.device)
-    with session([args.model], None, options) as ready:
-        (model,), (example,) = ready.models, ready.example()
-        found = map_layers(model.name, model.module, example)
-        chosen = found.choose(args.layers)
-    members = {name: {layer.label for layer in _chosen(found, name)} for name in CHOICES}
-    rows: list[Row] = [
-        {
-            "name": layer.label,
-            "shape": list(layer.shape),
-            "kind": kind(found, layer),
-            "choices": [name for name, labels in members.items() if layer.label in labels],
-        }
-        for layer in chosen
-    ]
-    if args.json:
-        print(json.dumps(rows, indent=2))
-        return
-    size = " × ".join(map(str, example.shape[1:]))
-    print(f"{model.name}: {len(rows)} layers for images of {size}\n")
-    _print_table(
-        [("layer", "shape", "kind", "in --layers")]
-        + [
-            (
-                row["name"],
-                " × ".join(map(str, row["shape"])),
-                row["kind"],
-                " ".join(row["choices"]),
-            )
-            for row in rows
-        ]
-    )
-
-
-def _chosen(found: LayerMap, choice: str) -> list[Layer]:
-    try:
-        return found.choose(choice)
-    except VitprobeError:
-        return []  # a model can lack blocks, say
-
-
-def kind(found: LayerMap, layer: Layer) -> str:
-    """What a layer is: a residual sum, an MLP's hidden layer, or the class that puts it out."""
-    if layer.point == "addition":
-        return "residual sum"
-    if layer.point == "input":
-        return "MLP hidden"
-    return type(found.modules[layer.module]).__name__
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns side by side, two spaces apart and indented by two."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())

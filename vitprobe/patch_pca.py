@@ -47,6 +47,7 @@ from vitprobe.statistics.patch_components import (
     foreground_components,
 )
 from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import Choice, words
 
 LAST = "last"
 IMAGES, SHOWN = 16, 6
@@ -167,7 +168,7 @@ RESULT = PatchPCAResult
 class PatchPCA(Measurement):
     """Options of ``measure``."""
 
-    layers: str | Sequence[str] = option(
+    layers: Choice = option(
         LAST, "last (default): the last block; or names with wildcards", nargs="+", metavar="L"
     )
     foreground: bool = option(
@@ -276,13 +277,13 @@ class _Watch(Watch):
         return area_under_curve(first, covered.flatten(1).numpy())
 
 
-def _layer(ready: Session, m: int, layers: str | Sequence[str]) -> OnGrid:
+def _layer(ready: Session, m: int, layers: Choice) -> OnGrid:
     """The layer of a model that is looked at: the last one of those that are chosen."""
     found = ready.layers(m)
     if layers in (LAST, [LAST]):
         return with_grids(ready, m, found.choose("blocks"))[-1]
     chosen, errors = [], []
-    for name in [layers] if isinstance(layers, str) else layers:
+    for name in words(layers):
         # Names of one model need not be names of another.
         try:
             chosen += found.choose(name)
@@ -298,7 +299,7 @@ def measure(
     models: Any,
     images: Any = None,
     *,
-    layers: str | Sequence[str] = LAST,
+    layers: Choice = LAST,
     foreground: bool = False,
     **options: Any,
 ) -> PatchPCAResult:

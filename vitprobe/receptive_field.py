@@ -48,6 +48,7 @@ from vitprobe.statistics.fields import SHARES, reaches_border, summarise
 from vitprobe.statistics.fields import area as area
 from vitprobe.statistics.fields import centre_cell as centre_cell
 from vitprobe.tracing.centre_gradients import Site, centres, frozen, rows_of_jacobian
+from vitprobe.tracing.layers import Choice
 
 CHANNELS, NUM_IMAGES, BATCH_SIZE = 1, 48, 8
 # Into so many groups images are dealt out for standard errors; each holds every field once.
@@ -167,7 +168,7 @@ RESULT = ReceptiveFieldResult
 class ReceptiveField(Measurement):
     """Options of ``measure``."""
 
-    layers: str | Sequence[str] = "blocks"
+    layers: Choice = "blocks"
     channels: int | str = CHANNELS
     signed: bool = False
     pre_residual: bool = False
@@ -325,7 +326,7 @@ def measure(
     models: Any,
     images: Any = None,
     *,
-    layers: str | Sequence[str] = "blocks",
+    layers: Choice = "blocks",
     channels: int | str = CHANNELS,
     signed: bool = False,
     pre_residual: bool = False,

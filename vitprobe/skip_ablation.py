@@ -39,7 +39,7 @@ from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, gram, hsic, jackknif
 from vitprobe.tracing.ablation import WithoutSkips, block_names, choose_blocks
 from vitprobe.tracing.ablation import sides as sides_of
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.layers import Layer, LayerMap
+from vitprobe.tracing.layers import Choice, Layer, LayerMap
 
 MARK = drawing.COLOURS[5]
 # Four passes of every model over the bundled scenes stay under a minute on two cores.
@@ -194,7 +194,7 @@ class _Panel:
 class SkipAblation(Measurement):
     """Options of ``measure``."""
 
-    layers: str | Sequence[str] = option(
+    layers: Choice = option(
         "paper", "paper, blocks, all, or names with wildcards", nargs="+", metavar="L"
     )
     blocks: Sequence[str | int] | None = option(
@@ -309,7 +309,7 @@ def measure(
     models: Any,
     images: Any = None,
     *,
-    layers: str | Sequence[str] = "paper",
+    layers: Choice = "paper",
     blocks: Sequence[str | int] | None = None,
     trained_without: str | int | None = None,
     **options: Any,

@@ -39,6 +39,7 @@ from vitprobe.statistics.hsic import jackknife
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.statistics.norms import exact, norms
 from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import Choice
 
 TIMES = 5.0
 CLASS, OTHER = "class token", "register"
@@ -221,7 +222,7 @@ RESULT = TokenNormsResult
 class TokenNorms(Measurement):
     """Options of ``measure``."""
 
-    layers: str | Sequence[str] = option(
+    layers: Choice = option(
         "blocks", "blocks (default), paper, all, or names with wildcards", nargs="+", metavar="L"
     )
     times: float = option(
@@ -366,7 +367,7 @@ def measure(
     models: Any,
     images: Any = None,
     *,
-    layers: str | Sequence[str] = "blocks",
+    layers: Choice = "blocks",
     times: float = TIMES,
     **options: Any,
 ) -> TokenNormsResult:

@@ -67,6 +67,15 @@ def print_json(paths: Sequence[Path], findings: Sequence[Finding], seconds: floa
     print(json.dumps(told, indent=2, ensure_ascii=False))
 
 
+def as_table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, two spaces apart and indented by two."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()
+        for row in rows
+    )
+
+
 def as_printed(path: Path, stream: IO[str] | None = None) -> str:
     """A path as it is, but not what a terminal would act on, nor what cannot be written out."""
     stream = stream or sys.stdout

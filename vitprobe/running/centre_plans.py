@@ -7,7 +7,6 @@ is left out, and a line says why, rather than drawn as a field of zeros.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from vitprobe.running.loading import decoder_ended
 from vitprobe.running.session import Session
 from vitprobe.statistics.fields import channels_of_images
 from vitprobe.tracing.centre_gradients import Centre, Site, centres, sites_of
+from vitprobe.tracing.layers import Choice, words
 from vitprobe.tracing.theoretical_field import theoretical_fields
 
 Box = tuple[int, int, int, int]
@@ -52,7 +52,7 @@ class Plan:
 def plan_of(
     ready: Session,
     m: int,
-    layers: str | Sequence[str],
+    layers: Choice,
     channels: int | str,
     signed: bool,
     pre_residual: bool,
@@ -79,7 +79,7 @@ def plan_of(
     grids = ready.places(m, chosen)
     sites = sites_of(chosen, grids, pre_residual)
     lost = lost_of(list(zip(chosen, grids)))
-    if not sites or any(layer.label in layers for layer, _ in lost):
+    if not sites or any(layer.label in words(layers) for layer, _ in lost):
         why = (
             f"layer {lost[0][0].label} of {model.name}: {lost[0][1]}"
             if lost
@@ -94,7 +94,7 @@ def plan_of(
     groups_of_sites = [sites[i : i + together] for i in range(0, len(sites), together)]
     sites = [site for some in groups_of_sites for site in some
              if not any(other.label in cut for other in some)]  # fmt: skip
-    _tell_cut(model.name, cut, refused=not sites or any(label in layers for label in cut))
+    _tell_cut(model.name, cut, refused=not sites or any(label in words(layers) for label in cut))
     whole = [site for site in sites if not site.branch]
     with ready.autocast():
         boxes = theoretical_fields(

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitprobe.errors import VitprobeError
-from vitprobe.tracing.layers import Layer
+from vitprobe.tracing.layers import OPERANDS, Layer
 from vitprobe.tracing.observing import in_own_precision
-from vitprobe.tracing.trace import AdditionHooks, tensors, unobserved
+from vitprobe.tracing.trace import Addition, AdditionHooks, tensors, unobserved
 
 Reduce = Callable[[int, Tensor], None]
 
@@ -37,7 +37,8 @@ def capture(module: nn.Module, layers: Sequence[Layer], reduce: Reduce) -> Itera
     """
     outputs: dict[str, list[tuple[int, Layer]]] = {}
     inputs: dict[str, list[tuple[int, Layer]]] = {}
-    after: dict[Any, Callable[[Tensor], None]] = {}
+    sums: dict[Addition, list[tuple[int, Layer]]] = {}
+    operands: dict[Addition, list[tuple[int, Layer]]] = {}
     seen: set[int] = set()
     calls: dict[str, int] = {}
 
@@ -48,7 +49,8 @@ def capture(module: nn.Module, layers: Sequence[Layer], reduce: Reduce) -> Itera
 
     for i, layer in enumerate(layers):
         if layer.addition is not None:
-            after[layer.addition] = partial(take, i, layer)
+            of_additions = operands if layer.point in OPERANDS else sums
+            of_additions.setdefault(layer.addition, []).append((i, layer))
         else:
             place = outputs if layer.point == "output" else inputs
             place.setdefault(layer.module, []).append((i, layer))
@@ -75,6 +77,14 @@ def capture(module: nn.Module, layers: Sequence[Layer], reduce: Reduce) -> Itera
 
         return hook
 
+    def take_sum(addition: Addition, total: Tensor) -> None:
+        for i, layer in sums[addition]:
+            take(i, layer, total)
+
+    def take_operands(addition: Addition, skip: Tensor, branch: Tensor) -> None:
+        for i, layer in operands[addition]:
+            take(i, layer, skip if layer.point == "skip" else branch)
+
     def begin(*_: Any) -> None:
         seen.clear()
         calls.clear()
@@ -92,7 +102,9 @@ def capture(module: nn.Module, layers: Sequence[Layer], reduce: Reduce) -> Itera
         for name in outputs:
             handle = module.get_submodule(name).register_forward_hook(hook_output(name))
             stack.callback(handle.remove)
-        if after:
-            stack.enter_context(AdditionHooks(module, after=after))
+        if sums or operands:
+            before = {addition: partial(take_operands, addition) for addition in operands}
+            after = {addition: partial(take_sum, addition) for addition in sums}
+            stack.enter_context(AdditionHooks(module, before, after))
         stack.callback(module.register_forward_hook(end).remove)
         yield

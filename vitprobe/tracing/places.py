@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitprobe.tracing.capture import capture
 from vitprobe.tracing.class_token import as_they_are, class_tokens
-from vitprobe.tracing.layers import Layer
+from vitprobe.tracing.layers import OPERANDS, Layer
 from vitprobe.tracing.observing import observing
 from vitprobe.tracing.tokens import (
     IMAGE_STEP,
@@ -130,6 +130,10 @@ def find_places(module: nn.Module, layers: Sequence[Layer], example: Tensor) -> 
         example: (2, C, H, W) as the model takes it.
     """
     found: list[Places | str] = [""] * len(layers)
+    # What is added stands where the sum does, also where the branch alone has lost its places.
+    layers = [
+        replace(layer, point="addition") if layer.point in OPERANDS else layer for layer in layers
+    ]
 
     def take(i: int, tensor: Tensor) -> None:
         found[i] = _grid(place_of(tensor), layers[i])
