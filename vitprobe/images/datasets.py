@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from vitprobe.errors import VitprobeError, describe
 from vitprobe.images.decoding import decoded, rgb
 
 # Where datasets of the usual libraries keep the image of an item.
 KEYS = ("image", "pixel_values", "img", "jpg", "png")
+# And its class.
+LABELS = ("label", "labels", "fine_label")
 # So many items, evenly spread, stand for a dataset that would take a pass to read whole.
 SAMPLED = 16
 
@@ -65,7 +69,8 @@ class ItemSource:
         chosen = (
             range(count) if every else np.linspace(0, count - 1, min(count, SAMPLED)).astype(int)
         )
-        digest = hashlib.sha256(f"{count} {'' if every else self.items!r}".encode(errors="replace"))
+        said = "" if every else plain_repr(self.items)
+        digest = hashlib.sha256(f"{count} {said}".encode(errors="replace"))
         for index in chosen:
             try:
                 image = image_of(self.items[int(index)])
@@ -77,6 +82,11 @@ class ItemSource:
             digest.update(f"{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def plain_repr(thing: Any) -> str:
+    """What something says of itself, without where it lies in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
 
 
 def image_of(item: Any) -> Image.Image | Tensor:
@@ -108,6 +118,8 @@ def _from_tensor(tensor: Tensor) -> Image.Image | Tensor:
         return tensor
     if tensor.ndim == 3 and tensor.dtype == torch.uint8 and tensor.shape[0] in (1, 3):
         return _from_array(tensor.permute(1, 2, 0).numpy())
+    if tensor.dtype == torch.uint8 and (tensor.ndim == 2 or tensor.shape[-1:] in ((1,), (3,))):
+        return _from_array(tensor.numpy())
     raise ValueError(f"a tensor of {tensor.dtype} {tuple(tensor.shape)}, not float (C, H, W)")
 
 
@@ -122,8 +134,27 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def labels_of(dataset: Any) -> tuple[Sequence[Any] | None, Sequence[str]]:
-    """The labels and class names that torchvision's datasets carry; None and () elsewhere."""
+    """The labels and class names of a dataset, where they can be had without opening its images.
+
+    Those that torchvision's and Hugging Face's datasets carry, the second tensor of a
+    ``TensorDataset``, and of these through ``Subset`` and ``ConcatDataset``; None and () elsewhere.
+    """
+    if isinstance(dataset, Subset):
+        labels, names = labels_of(dataset.dataset)
+        return (None, ()) if labels is None else ([labels[i] for i in dataset.indices], names)
+    if isinstance(dataset, ConcatDataset):
+        parts = [labels_of(part) for part in dataset.datasets]
+        if any(labels is None or names != parts[0][1] for labels, names in parts):
+            return None, ()
+        return [label for labels, _ in parts for label in labels or ()], parts[0][1]
+    if isinstance(dataset, TensorDataset):
+        rest = dataset.tensors[1:]
+        return (rest[0].tolist(), ()) if rest and rest[0].ndim == 1 else (None, ())
     targets, classes = getattr(dataset, "targets", None), getattr(dataset, "classes", ())
+    column = next((key for key in LABELS if key in getattr(dataset, "column_names", ())), None)
+    if targets is None and column is not None:
+        targets = list(dataset[column])
+        classes = getattr(dataset.features[column], "names", None) or ()
     try:
         if targets is None or len(targets) != len(dataset):
             return None, ()

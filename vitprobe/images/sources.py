@@ -35,6 +35,7 @@ from vitprobe.images.folders import (
     image_files,
     is_litter,
 )  # fmt: skip
+from vitprobe.images.loaders import LoaderSource
 
 TIMM_PREFIXES = ("hfds/", "torch/")
 STREAM_PREFIXES = ("hfids/", "tfds/", "wds/")
@@ -59,6 +60,8 @@ class Images:
             their files were last changed.
         no_labels: why the labels of the source are none; empty where it just has no labels.
         remarks: what the user should know of the source, each in a line.
+        batches: positions of each batch, where the source has batches of its own.
+        workers: processes that make these batches, where the source says how many.
     """
 
     source: str
@@ -71,6 +74,8 @@ class Images:
     version: str = ""
     no_labels: str = ""
     remarks: tuple[str, ...] = ()
+    batches: tuple[np.ndarray, ...] | None = None
+    workers: int | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -97,7 +102,13 @@ class Images:
         """The images at these positions of ``order``."""
         order = self.order[positions]
         key = hashlib.sha256(self.digest.encode() + np.asarray(order, "<i8").tobytes())
-        return replace(self, order=order, digest=key.hexdigest())
+        return replace(self, order=order, digest=key.hexdigest(), batches=None)
+
+    def first(self, count: int) -> Images:
+        """The first so many images, in the batches that they are in."""
+        parts = [part[part < count] for part in self.batches or ()]
+        chosen = self.choose(np.arange(count))
+        return replace(chosen, batches=tuple(part for part in parts if len(part)))
 
 
 def open_images(
@@ -112,8 +123,10 @@ def open_images(
         source: a folder (searched recursively), a ``.tar``, an ``.npz``/``.npy`` of uint8
             (n, H, W, 3) or grey (n, H, W), a timm dataset name (``hfds/...``, ``torch/...``, a
             split after ``:``), such an array itself, a float tensor (n, C, H, W), a list or
-            map-style dataset of images, or None: the bundled digit scenes.
-        num_images: how many, drawn without replacement by ``seed``; all of them by default.
+            map-style dataset of images, a ``DataLoader`` that does not shuffle (its batches are
+            taken as they come), or None: the bundled digit scenes.
+        num_images: how many, drawn without replacement by ``seed``, or the first of a
+            ``DataLoader``; all of them by default.
         seed: of the order and the choice.
         option: that named the source, for messages.
 
@@ -129,10 +142,7 @@ def open_images(
     elif source is None:
         images = _bundled(num_images, seed)
     elif isinstance(source, torch.utils.data.DataLoader):
-        raise VitprobeError(
-            "Images as a DataLoader come in its order and batches: give its dataset "
-            "(loader.dataset)."
-        )
+        images = _from_loader(source)
     elif not isinstance(source, str | Path):
         images = _from_items(source)
     elif str(source).startswith(TIMM_PREFIXES + STREAM_PREFIXES):
@@ -146,8 +156,10 @@ def open_images(
         raise VitprobeError(
             f"--num-images: {images.source} has {available} images, not {num_images}."
         )
-    if isinstance(source, Images) and num_images is None:
+    if num_images is None and (isinstance(source, Images) or images.batches is not None):
         return images
+    if images.batches is not None:
+        return images.first(num_images or available)
     order = np.random.default_rng(seed).permutation(available)
     return images.choose(order[: num_images or available])
 
@@ -217,6 +229,19 @@ def _from_items(items: Any) -> Images:
     images = Images(label, source, _all(len(source)), source.digest(every))
     labels, names = labels_of(items)
     return images if labels is None else _with_labels(images, labels, names)
+
+
+def _from_loader(loader: torch.utils.data.DataLoader) -> Images:
+    source = LoaderSource(loader)
+    images = Images(
+        "a DataLoader", source, _all(len(source)), source.digest(), batches=source.batches,
+        # What a process of its own begins with can't be told.
+        workers=0 if loader.worker_init_fn else loader.num_workers,
+    )  # fmt: skip
+    labels, names = labels_of(loader.dataset)
+    if labels is None:
+        return images
+    return _with_labels(images, [labels[i] for i in source.flat().tolist()], names)
 
 
 def _from_path(path: Path, option: str) -> Images:
