@@ -24,7 +24,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,14 +36,15 @@ from vitprobe.papers import groeger2026
 from vitprobe.papers.raghu2021 import alike, same_depth
 from vitprobe.results import chance, drawing
 from vitprobe.results.result import Finding, Result, Text
-from vitprobe.running.features import summed
+from vitprobe.running.features import open_features
 from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options
 from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
+from vitprobe.running.stored import measure_features
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, hsic, jackknife, normalise
 from vitprobe.statistics.permuted_hsic import affordable, normalise_by, permuted_hsic
-from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import Choice
 
 # Letters of a title that fit over a panel.
 LONG_TITLE = 38
@@ -199,7 +199,7 @@ RESULT = CKAResult
 class CKA(Measurement):
     """Options of ``measure``; ``pairs`` are numbers of models that are compared at equal depth."""
 
-    layers: str | Sequence[str] = "blocks"
+    layers: Choice = "blocks"
     pairs: tuple[tuple[int, int], ...] = ()
     null: int = 0
     calibrated: bool = False
@@ -249,7 +249,7 @@ class _Watch(Watch):
         def reduce(i: int, tensor: Tensor) -> None:
             self._grams[start + i] = batch.gram(model, layers[i], tensor)
 
-        return capture(model.module, layers, reduce)
+        return self.ready.capture(m, layers, reduce)
 
     def end(self, batch: Batch) -> None:
         grams = torch.stack(self._grams)
@@ -263,13 +263,12 @@ class _Watch(Watch):
     def result(self, meta: dict[str, Any]) -> CKAResult:
         sums = {**self.sums, "used": self.used}
         value, error = jackknife(normalise, sums["hsic"], sums["used"])
-        meta["pairs"] = alike.statistics(
-            [model.name for model in self.ready.models],
-            self.owner,
-            [found.has_attention for found in self.maps],
-            [[alike.stage(layer) for layer in one] for one in self.chosen],
-            sums,
-        )
+        names = [model.name for model in self.ready.models]
+        attend = [found.has_attention for found in self.maps]
+        stages = [[alike.stage(layer) for layer in one] for one in self.chosen]
+        # Whether features of others are of a model that attends is not known.
+        known = None not in attend
+        meta["pairs"] = alike.statistics(names, self.owner, attend, stages, sums) if known else []
         if self.pairs:
             meta["same_depth"] = same_depth.summaries(
                 self.pairs, self.owner, sums["hsic"], sums["used"]
@@ -288,7 +287,7 @@ def measure(
     models: Any,
     images: Any = None,
     *,
-    layers: str | Sequence[str] = "blocks",
+    layers: Choice = "blocks",
     pairwise: bool = False,
     null: int = 0,
     calibrated: bool = False,
@@ -321,49 +320,40 @@ def measure(
 
 
 def from_features(
-    features: Any, *, batch_size: int = 32, seed: int | None = 0, pairwise: bool = False
+    features: Any,
+    *,
+    layers: Choice = "blocks",
+    pairwise: bool = False,
+    null: int = 0,
+    calibrated: bool = False,
+    seed: int | None = 0,
+    **options: Any,
 ) -> CKAResult:
     """CKA between layers whose features were computed before, by vitprobe or by others.
 
     Args:
         features: model -> layer -> array (n, ...), or paths; see ``running.features``.
-        batch_size: images per batch, at most.
-        seed: of the order of the images; None takes them as they come.
-        pairwise: as in ``measure``.
+        layers: names with wildcards; all by default.
+        pairwise: as in ``measure``, as are ``null`` and ``calibrated``.
+        seed: of the order of the images, where they do not come from ``vitprobe extract``, whose
+            order is seeded; None takes them as they come.
+        options: fields of ``running.Options`` (``batch_size``, ``names``, ``num_images`` ...).
 
     Raises:
         VitprobeError: features of other images, in another order or number; not finite.
     """
-    found = summed(features, batch_size, seed, MIN_BATCH)
-    meta, names = (
-        {**found.meta, "analysis": "cka", "pairs": []},
-        [one.name for one in found.sources],
-    )
-    attends = [one.attends for one in found.sources if isinstance(one.attends, bool)]
-    if None not in attends:
-        stages, sums = [one.stages for one in found.sources], vars(found)
-        meta["pairs"] = alike.statistics(names, found.owner, attends, stages, sums)
-    if pairwise:
-        pairs = same_depth.in_pairs(names)[1]
-        same_depth.check_lengths(pairs, names, found.owner)
-        meta["same_depth"] = same_depth.summaries(pairs, found.owner, found.hsic, found.used)
-    errors = jackknife(normalise, found.hsic, found.used)
-    return CKAResult(meta, *errors, found.labels, found.owner)
-
-
-class _Instead(argparse.Action):
-    """Models are models, however they were given."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        setattr(namespace, self.dest, values)
-        namespace.models = [Path(one).stem for one in values] if self.dest == "features" else values
+    sources = open_features(features)
+    pairs = same_depth.in_pairs([source.name for source in sources])[1] if pairwise else []
+    asked = CKA(layers, tuple((a, b) for a, b in pairs), null, calibrated)
+    chosen = Options(seed=seed or 0, **options)
+    return measure_features(asked, sources, chosen, in_order=seed is None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.cka``."""
     parser = cli.parser("cka", __doc__)
     parser.add_argument(
-        "--pairwise", nargs="+", metavar="M", action=_Instead,
+        "--pairwise", nargs="+", metavar="M", action=cli.Instead,
         help="in place of --models: models in pairs, A B A2 B2 ..., to be compared at the same "
         "depth; from little to much training data",
     )  # fmt: skip
@@ -374,24 +364,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--calibrated", action="store_true", help="draw (s - t) / (1 - t), t the chance level"
     )
-
-    parser.add_argument("--features", nargs="+", metavar="PATH", action=_Instead,
-        help="in place of --models, --images: folders of `vitprobe extract` or .npz")  # fmt: skip
+    cli.add_features(parser)
 
     def from_arguments(args: argparse.Namespace) -> CKAResult:
         given = args.models
         args.models = list(dict.fromkeys(given))  # the file's name has each model once
+        own = {"layers": args.layers, "null": args.null, "calibrated": args.calibrated}
         if args.features:
-            return from_features(args.features, batch_size=args.batch_size, seed=args.seed)
-        return measure(
-            given,
-            args.images,
-            layers=args.layers,
-            pairwise=args.pairwise is not None,
-            null=args.null,
-            calibrated=args.calibrated,
-            **cli.options(args, "cka"),
-        )
+            return from_features(args.features, **own, **cli.features_options(args, "cka"))
+        pairwise = args.pairwise is not None
+        return measure(given, args.images, pairwise=pairwise, **own, **cli.options(args, "cka"))
 
     return cli.run(parser, argv, "cka", from_arguments)
 

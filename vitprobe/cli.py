@@ -183,6 +183,34 @@ def add_output(result: argparse.ArgumentParser, out: str | None = DEFAULT_OUT) -
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
+class Instead(argparse.Action):
+    """Models are models, however they were given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.models = [Path(one).name for one in values] if self.dest == "features" else values
+
+
+def add_features(result: argparse.ArgumentParser) -> None:
+    """``--features``, of measurements that need features alone."""
+    result.add_argument(
+        "--features", nargs="+", metavar="PATH", action=Instead,
+        help="in place of --models and --images: folders of `vitprobe extract`, .npz or .npy",
+    )  # fmt: skip
+
+
+def features_options(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The shared options as keyword arguments of ``from_features``."""
+    for other in ("images", "pairwise", "test_images"):
+        if getattr(args, other, None) is not None:
+            option = f"--{other.replace('_', '-')}"
+            raise VitprobeError(f"--features stands in place of {option}: leave one of them out.")
+    args.models = [as_word(Path(one).stem or one) for one in args.features]
+    kept = ("names", "num_images", "batch_size", "device", "seed", "quiet", "on_error")
+    chosen = options(args, name)
+    return {key: chosen[key] for key in kept}
+
+
 def options(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """The shared options as keyword arguments of ``measure``."""
     shared = ("names", "num_images", "batch_size", "image_size", "device", "precision", "seed",
@@ -325,6 +353,7 @@ def command(
     doc: str | None,
     argv: Sequence[str] | None,
     default_models: Sequence[str] = DEFAULT_MODELS,
+    from_features: Callable[..., Result] | None = None,
 ) -> int:
     """The whole command of a measurement, its options read off the fields of its class."""
     name = measurement.analysis
@@ -337,11 +366,19 @@ def command(
         default = None if default == [None] else default
         result_parser.add_argument(flag, default=default, **one.metadata["argument"])
 
+    if from_features is not None:
+        add_features(result_parser)
+
     def from_arguments(args: argparse.Namespace) -> Result:
         chosen = {one.name: getattr(args, one.name) for one in own}
         if of_weights:
             shared = {key: getattr(args, key) for key in ("names", "image_size", "seed")}
             return measure(args.models, **chosen, **shared)
+        if from_features is not None and args.features:
+            shared = features_options(args, name)
+            # Other images than those of the features there are none.
+            chosen.pop("test_images", None)
+            return from_features(args.features, **chosen, **shared)
         return measure(args.models, args.images, **chosen, **options(args, name))
 
     return run(result_parser, argv, name, from_arguments, default_models)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,16 @@ from torch import Tensor
 
 from vitprobe import cli
 from vitprobe.errors import VitprobeError
-from vitprobe.papers.raghu2021 import alike
 from vitprobe.results.provenance import models_meta
 from vitprobe.results.writing import write_atomically
 from vitprobe.running import processes
-from vitprobe.running.features import META
+from vitprobe.running.features import META, as_plain
 from vitprobe.running.loop import run
 from vitprobe.running.options import Options
 from vitprobe.running.session import Batch, Session, session
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.layers import Layer
-from vitprobe.tracing.places import Places, find_places
+from vitprobe.tracing.layers import Choice, Layer
+from vitprobe.tracing.places import Places
 
 READOUTS = ("all", "mean", "class", "tokens")
 DTYPES = ("float16", "float32", "float64")
@@ -54,7 +54,7 @@ def extract(
     models: Any,
     images: Any = None,
     *,
-    layers: str | Sequence[str] = "blocks",
+    layers: Choice = "blocks",
     readout: str = "all",
     dtype: str = "float16",
     out: str | Path = "activations",
@@ -111,10 +111,7 @@ def _plan(ready: Session, m: int, folder: Path, layers: Any, readout: str) -> li
     """The layers of a model, where each goes, and the shape of an image's part."""
     model, example = ready.models[m], ready.example()[m]
     chosen = ready.layers(m).choose(layers)
-    places: list[Places | str] = [""] * len(chosen)
-    if readout != "all":
-        with ready.autocast():
-            places = find_places(model.module, chosen, example)
+    places = ready.places(m, chosen)
     shapes: list[tuple[int, ...]] = [()] * len(chosen)
     for layer, place in zip(chosen, places):
         if readout != "all" and isinstance(place, str) and len(layer.shape) != 1:
@@ -182,7 +179,8 @@ def _about(
             column.layer.label: {
                 "file": column.path.name,
                 "shape": [len(images), *column.shape],
-                "stage": list(alike.stage(column.layer)),
+                "of_image": list(column.layer.shape),
+                "places": as_plain(column.places),
             }
             for column in columns
         },
@@ -323,6 +321,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(folder)
 
     return cli.guarded(body, args.debug)
+
+
+class _Function(ModuleType):
+    """``vitprobe.extract`` is the function; once imported, it is this module, which acts as it."""
+
+    __call__ = staticmethod(extract)
+
+
+sys.modules[__name__].__class__ = _Function
 
 
 if __name__ == "__main__":

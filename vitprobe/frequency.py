@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import matplotlib
@@ -39,12 +38,12 @@ from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
 from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
+from vitprobe.running.stored import measure_features
 from vitprobe.statistics.frequency import below_nyquist, diagonal, log_amplitudes
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.tracing.branches import ATTENTION, CONVOLUTION, MLP
-from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import Choice
 from vitprobe.tracing.sublayers import Point, sublayers
-from vitprobe.tracing.trace import AdditionHooks
 
 SUBLAYERS = "sublayers"
 KINDS = (ATTENTION, MLP, CONVOLUTION)
@@ -218,7 +217,7 @@ RESULT = FrequencyResult
 class Frequency(Measurement):
     """Options of ``measure``."""
 
-    layers: str | Sequence[str] = option(
+    layers: Choice = option(
         SUBLAYERS,
         "sublayers (default): before and after every attention, MLP and convolutional block; or "
         "blocks, paper, all, or names with wildcards",
@@ -238,7 +237,7 @@ MEASUREMENT = Frequency
 class _Watch(Watch):
     """Amplitudes and variances of all points of a pass, and what changes from one to the next."""
 
-    def __init__(self, ready: Session, layers: str | Sequence[str]) -> None:
+    def __init__(self, ready: Session, layers: Choice) -> None:
         found = [_points(ready, m, layers) for m in range(len(ready.models))]
         self.points = [[point for point, _ in mine] for mine in found]
         self.grids = [[places for _, (_, places) in mine] for mine in found]
@@ -284,19 +283,11 @@ class _Watch(Watch):
             high = delta[:, top] if top else torch.full_like(variance, torch.nan)
             seen[i] = torch.stack([high, variance.log()], 1)
 
-        given = [i for i, point in enumerate(points) if point.before]
-        taken = [i for i, point in enumerate(points) if not point.before]
-        hooks = {
-            points[i].before: partial(_before, i, points[i].layer.by_image, reduce) for i in given
-        }
-        with (
-            AdditionHooks(model.module, before=hooks),  # type: ignore[arg-type]
-            capture(
-                model.module,
-                [points[i].layer for i in taken],
-                lambda k, tensor: reduce(taken[k], tensor),
-            ),
-        ):
+        # Before an addition the stream is what its skip carries.
+        layers = [
+            replace(point.layer, point="skip") if point.before else point.layer for point in points
+        ]
+        with self.ready.capture(m, layers, reduce):
             yield
         for k, kind in enumerate(KINDS):
             steps = [i for i, point in enumerate(points) if point.kind == kind]
@@ -331,18 +322,14 @@ class _Watch(Watch):
         )
 
 
-def _before(i: int, by_image: Any, reduce: Any, skip: Tensor, branch: Tensor) -> None:
-    """What an addition's skip carries, as a layer."""
-    reduce(i, by_image(skip))
-
-
-def _points(ready: Session, m: int, layers: str | Sequence[str]) -> list[tuple[Point, OnGrid]]:
+def _points(ready: Session, m: int, layers: Choice) -> list[tuple[Point, OnGrid]]:
     """Where a model is looked at, in forward order, with the grids."""
     found, module = ready.layers(m), ready.models[m].module
     points: list[Point] = []
     if layers in (SUBLAYERS, [SUBLAYERS]):
+        # Of stored features there is no pass to look at.
         with ready.autocast():
-            points = sublayers(module, found, ready.example()[m])
+            points = sublayers(module, found, ready.example()[m]) if found.trace.calls else []
         layers = "blocks"
     points = points or [Point(layer) for layer in found.choose(layers)]
     placed = with_grids(ready, m, list(dict.fromkeys(point.layer for point in points)), layers)
@@ -366,7 +353,7 @@ def measure(
     models: Any,
     images: Any = None,
     *,
-    layers: str | Sequence[str] = SUBLAYERS,
+    layers: Choice = SUBLAYERS,
     **options: Any,
 ) -> FrequencyResult:
     """Amplitudes at diagonal frequencies and variance of the maps of one model or several.
@@ -387,9 +374,26 @@ def measure(
     return measure_one(Frequency(layers), models, images, Options(**options))
 
 
+def from_features(features: Any, *, layers: Choice = "blocks", **options: Any) -> FrequencyResult:
+    """The same of the maps of features that ``vitprobe extract`` wrote whole or as tokens.
+
+    Which sublayer is between two of them is not known, so that steps are not compared.
+
+    Args:
+        features: folders; see ``running.features``.
+        layers: names with wildcards; all by default.
+        options: fields of ``running.Options`` (``batch_size``, ``names``, ``num_images`` ...).
+
+    Raises:
+        VitprobeError: features of other images, or in another order; without a grid of places; not
+            finite.
+    """
+    return measure_features(Frequency(layers), features, Options(**options))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.frequency``."""
-    return cli.command(Frequency, measure, __doc__, argv)
+    return cli.command(Frequency, measure, __doc__, argv, from_features=from_features)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from vitprobe.models.loading import Model
 from vitprobe.papers.raghu2021 import tokens
 from vitprobe.results import drawing
 from vitprobe.results.result import Finding, Result, Text
+from vitprobe.running.features import open_features
 from vitprobe.running.grids import Placed, placed_layers
 from vitprobe.running.measurement import Measurement, Watch
 from vitprobe.running.options import Options, option
@@ -50,7 +51,9 @@ from vitprobe.running.probes import (
     vectors,
 )
 from vitprobe.running.session import Batch, Session
+from vitprobe.running.stored import measure_features
 from vitprobe.statistics.moments import variance_of_mean
+from vitprobe.tracing.layers import Choice
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
 # Colours of the token grid span at least this much accuracy.
@@ -193,7 +196,7 @@ class LinearProbe(Measurement):
     draws: int = option(
         3, "times that fitting images are drawn (%(default)s)", type=int, metavar="N"
     )
-    layers: str | Sequence[str] = option(
+    layers: Choice = option(
         "blocks", "blocks (default), last, or names with wildcards", nargs="+", metavar="L"
     )
     task: Task | None = None
@@ -274,7 +277,7 @@ def measure(
     test_images: Any = None,
     shots: int = 10,
     draws: int = 3,
-    layers: str | Sequence[str] = "blocks",
+    layers: Choice = "blocks",
     **options: Any,
 ) -> LinearProbeResult:
     """Few-shot linear probes at every block.
@@ -298,6 +301,46 @@ def measure(
     return measure_one(asked, models, images, Options(**options))
 
 
+def from_features(
+    features: Any,
+    *,
+    labels: Any = None,
+    shots: int = 10,
+    draws: int = 3,
+    layers: Choice = "blocks",
+    **options: Any,
+) -> LinearProbeResult:
+    """The same of features that were computed before, by vitprobe or by others.
+
+    Args:
+        features: model -> layer -> array (n, features), or paths; see ``running.features``. What
+            ``vitprobe extract`` wrote whole has a probe for every token; of one vector an image
+            there is that alone.
+        labels: (n,) classes of the images, where the features have none with them.
+        shots: as in ``measure``, as are ``draws`` and ``layers``; what the draws leave is tested.
+        options: fields of ``running.Options`` (``batch_size``, ``names``, ``seed`` ...).
+
+    Raises:
+        VitprobeError: features of other images, in another order or number; no labels; not finite.
+    """
+    asked = LinearProbe(None, shots, draws, layers)
+    sources = open_features(features)
+    found = measure_features(asked, sources, Options(**options), labels=labels, vectors=True)
+    # Of a part of a layer, or of features of others, what the model's own output reads is not known.
+    found.meta["kinds"] = [
+        kind if source.readout == "all" else ""
+        for kind, source in zip(found.meta["kinds"], sources)
+    ]
+    for row, model in enumerate(found.model_of_layer):
+        only = {"mean": "mean", "class": "CLS", "": "mean"}.get(sources[model].readout)
+        if only:
+            # All readouts of one vector are that vector.
+            others = [i for i, name in enumerate(READOUTS) if name != only]
+            found.accuracy[row, others] = found.accuracy_se[row, others] = np.nan
+            found.accuracy_of_draw[:, row, others] = np.nan
+    return found
+
+
 def _result(meta: dict[str, Any], counts: TestCounts, placed: list[Placed]) -> LinearProbeResult:
     accuracy = counts.accuracy.mean(0)
     tests = accuracy * (1 - accuracy) / meta["n"]
@@ -317,7 +360,7 @@ def _result(meta: dict[str, Any], counts: TestCounts, placed: list[Placed]) -> L
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.linear_probe``."""
-    return cli.command(LinearProbe, measure, __doc__, argv, DEFAULT_MODELS)
+    return cli.command(LinearProbe, measure, __doc__, argv, DEFAULT_MODELS, from_features)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from vitprobe.running.session import Batch, Session, Sums
 from vitprobe.statistics.hsic import MAX_GROUPS, MIN_BATCH, bootstrap_error, jackknife
 from vitprobe.statistics.place_hsic import input_patches, place_cka, place_hsic, scratch_bytes
 from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import Choice
 from vitprobe.tracing.places import Places
 
 DEFAULT_MODELS = ("vit_small_box", "vit_gap_box", "resnet_box")
@@ -223,7 +224,7 @@ RESULT = LocalizationResult
 class Localization(Measurement):
     """Options of ``measure``."""
 
-    layers: str | Sequence[str] = option(
+    layers: Choice = option(
         "last",
         "last: the last block; blocks: all, with contrast against depth; or names with wildcards",
         nargs="+",
@@ -243,7 +244,7 @@ MEASUREMENT = Localization
 class _Watch(Watch):
     """HSIC₁ of every token and location of the chosen layers with every patch of the input."""
 
-    def __init__(self, ready: Session, layers: str | Sequence[str]) -> None:
+    def __init__(self, ready: Session, layers: Choice) -> None:
         self.placed, self.kinds = placed_layers(ready, layers)
         self.grids = [one.places.thinned(MAX_MAP_SIDE) for one in self.placed]
         self.labels = [one.layer.label for one in self.placed]
@@ -301,7 +302,7 @@ def _scratch(ready: Session, placed: list[Placed], grids: list[Places]) -> int:
 
 
 def measure(
-    models: Any, images: Any = None, *, layers: str | Sequence[str] = "last", **options: Any
+    models: Any, images: Any = None, *, layers: Choice = "last", **options: Any
 ) -> LocalizationResult:
     """CKA between every token of a block and every patch of the input.
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,16 +30,18 @@ from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.papers import huh2024
 from vitprobe.results import chance, drawing
 from vitprobe.results.result import Finding, Result, Text
+from vitprobe.running.features import open_features
 from vitprobe.running.grids import on_grids
 from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
 from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
+from vitprobe.running.stored import measure_features
 from vitprobe.statistics.neighbours import nearest, overlap, permuted_overlap, votes
-from vitprobe.tracing.capture import capture
+from vitprobe.tracing.layers import Choice
 
 MEAN, CLASS = "mean", "class"
-CLASS_TOKEN, MEAN_OF_PLACES = "class token", "mean of places"
+CLASS_TOKEN, MEAN_OF_PLACES, AS_GIVEN = "class token", "mean of places", "as given"
 K, VOTERS, PERMUTATIONS = 10, 20, 200
 
 
@@ -57,7 +59,7 @@ class NeighboursResult(Result):
         null_max_q95: (models, models) the same of the largest over all pairs of their layers.
         accuracy: (L,) leave-one-out k-NN accuracy; NaN where images have no labels.
         accuracy_se: (L,) standard error over images.
-        readout: (L,) ``mean of places`` or ``class token``, what the features are.
+        readout: (L,) ``mean of places``, ``class token`` or ``as given``, what the features are.
         layers: (L,) names.
         model_of_layer: (L,) index into ``meta["models"]``.
     """
@@ -184,7 +186,7 @@ RESULT = NeighboursResult
 class Neighbours(Measurement):
     """Options of ``measure``."""
 
-    layers: str | Sequence[str] = option(
+    layers: Choice = option(
         "blocks", "blocks (default), paper, all, or names with wildcards", nargs="+", metavar="L"
     )
     k: int = option(K, "how many nearest images are compared", type=int, metavar="K")
@@ -263,7 +265,7 @@ class _Watch(Watch):
             check_finite(torch.isfinite(found).all(), self.labels[row], model)
             self.sums["features"][at, self.columns[row] : self.columns[row + 1]] = found.cpu()
 
-        return capture(model.module, [layer for layer, _ in self.chosen[m]], reduce)
+        return self.ready.capture(m, [layer for layer, _ in self.chosen[m]], reduce)
 
     def result(self, meta: dict[str, Any]) -> NeighboursResult:
         seen = self.sums["seen"] > 0
@@ -317,7 +319,7 @@ def measure(
     models: Any,
     images: Any = None,
     *,
-    layers: str | Sequence[str] = "blocks",
+    layers: Choice = "blocks",
     k: int = K,
     readout: str = MEAN,
     null: int = PERMUTATIONS,
@@ -346,10 +348,52 @@ def measure(
     return measure_one(asked, models, images, Options(**options))
 
 
+def from_features(
+    features: Any,
+    *,
+    labels: Any = None,
+    layers: Choice = "blocks",
+    k: int = K,
+    readout: str = MEAN,
+    null: int = PERMUTATIONS,
+    calibrated: bool = False,
+    **options: Any,
+) -> NeighboursResult:
+    """The same of features that were computed before, by vitprobe or by others.
+
+    Args:
+        features: model -> layer -> array (n, features), or paths; see ``running.features``. Of what
+            ``vitprobe extract`` wrote whole, ``readout`` is taken; all else is taken as it is.
+        labels: (n,) classes of the images, where the features have none with them.
+        layers: names with wildcards; all by default.
+        k: as in ``measure``, as are ``readout``, ``null`` and ``calibrated``.
+        options: fields of ``running.Options`` (``names``, ``num_images``, ``seed`` ...).
+
+    Raises:
+        VitprobeError: features of other images, in another order or number; of several vectors an
+            image that stand nobody knows where; not finite.
+    """
+    sources = open_features(features)
+    stored = [source.readout for source in sources]
+    if "class" in stored and set(stored) - {"class", "all"}:
+        raise VitprobeError(
+            "--features: class tokens of one model and means of another were stored: extract both "
+            "with one --readout."
+        )
+    if "class" in stored:
+        readout = CLASS
+    elif readout == CLASS and "all" not in stored:
+        raise VitprobeError("--readout class: no class tokens are among the features.")
+    asked = Neighbours(layers, k, readout, null, calibrated)
+    found = measure_features(asked, sources, Options(**options), labels=labels, vectors=True)
+    given = np.array([not stored[m] for m in found.model_of_layer])
+    return replace(found, readout=np.where(given, AS_GIVEN, found.readout))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m vitprobe.neighbours``."""
     twins = ("vit_small_box", "resnet_box", "vit_small_box@random", "resnet_box@random")
-    return cli.command(Neighbours, measure, __doc__, argv, default_models=twins)
+    return cli.command(Neighbours, measure, __doc__, argv, twins, from_features)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from vitprobe.results.result import FAILS, HOLDS, Finding, combine, decide, plus
 def findings(result: Any) -> list[Finding]:
     """The claims for trained models; ``result`` is a ``NeighboursResult``."""
     facts = result.meta["models"]
-    trained = [m for m, one in enumerate(facts) if not one["weights"].startswith("random")]
+    # Nobody knows whether features of others are of a trained model.
+    unknown = ("random", "given features")
+    trained = [m for m, one in enumerate(facts) if not one["weights"].startswith(unknown)]
     found = [_above_chance(result, a, b) for a, b in combinations(trained, 2)]
     for model in trained:
         rows = result.rows_of(model)

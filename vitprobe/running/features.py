@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from vitprobe.errors import VitprobeError
-from vitprobe.results.provenance import command_line, versions
-from vitprobe.running.session import even_batches
-from vitprobe.statistics.hsic import MAX_GROUPS, gram, hsic
+from vitprobe.images.arrays import LABEL_KEYS, checked_labels
+from vitprobe.tracing.places import Places
 
 META = "meta.json"
 
@@ -40,9 +39,19 @@ class Source:
         return self.meta.get("attends")
 
     @property
-    def stages(self) -> list[tuple[int, ...]]:
-        """What ``papers`` tell stages of a CNN by, for each layer."""
-        return [tuple(layer["stage"]) for layer in self.meta.get("layers", {}).values()]
+    def readout(self) -> str:
+        """What ``vitprobe extract`` took of each layer; empty for features of others."""
+        return str(self.meta.get("readout", ""))
+
+    @property
+    def labels(self) -> tuple[np.ndarray | None, tuple[str, ...]]:
+        """(n,) class indices, or None, and the names of the classes."""
+        labels = self.meta.get("labels")
+        return None if labels is None else np.array(labels), tuple(self.meta.get("classes", ()))
+
+    def about(self, layer: str) -> dict[str, Any]:
+        """What is known of a layer beside its array."""
+        return self.meta.get("layers", {}).get(layer, {})
 
     def provenance(self) -> dict[str, Any]:
         """What a result says of the model."""
@@ -55,12 +64,14 @@ def open_features(given: Any) -> list[Source]:
 
     Args:
         given: a mapping model -> layer -> array or tensor (n, ...); or paths, each a folder that
-            ``vitprobe extract`` wrote (or one of such folders), an ``.npz`` of layers, an ``.npy``
-            of one layer.
+            ``vitprobe extract`` wrote (or one of such folders), an ``.npz`` of layers (and
+            ``labels``), an ``.npy`` of one layer.
 
     Raises:
         VitprobeError: no such file, arrays that are none, other numbers or orders of images.
     """
+    if isinstance(given, list) and given and all(isinstance(one, Source) for one in given):
+        return given
     if isinstance(given, Mapping):
         sources = [Source(str(name), _arrays(str(name), one)) for name, one in given.items()]
     else:
@@ -73,98 +84,42 @@ def open_features(given: Any) -> list[Source]:
         count = sum(other == source.name for other in names)
         names.append(source.name)
         if count:
-            sources[i] = Source(f"{source.name} #{count + 1}", source.layers, source.meta)
+            sources[i] = replace(source, name=f"{source.name} #{count + 1}")
     _check_same_images(sources)
     return sources
 
 
-@dataclass(frozen=True)
-class Summed:
-    """HSIC₁ of all pairs of layers.
-
-    Attributes:
-        sources: the features of each model.
-        labels: (layers,) names.
-        owner: (layers,) number of the model.
-        hsic: (groups, layers, layers) sums over batches.
-        used: (groups,) batches in each.
-        meta: what a result says of how it was made.
-    """
-
-    sources: list[Source]
-    labels: np.ndarray
-    owner: np.ndarray
-    hsic: Tensor
-    used: Tensor
-    meta: dict[str, Any]
-
-
-def summed(features: Any, batch_size: int, seed: int | None, at_least: int) -> Summed:
-    """Features, batch after batch, as the passes of a model would give them.
-
-    Args:
-        features: see ``open_features``.
-        batch_size: images per batch, at most.
-        seed: of their order; None takes them as they come, as is done with a seeded order of
-            ``vitprobe extract``.
-        at_least: images that a batch needs.
-    """
-    sources = open_features(features)
-    n = len(next(iter(sources[0].layers.values())))
-    if min(n, batch_size) < at_least:
-        raise VitprobeError(
-            f"CKA needs batches of at least {at_least} images, not {min(n, batch_size)}."
-        )
-    order = np.arange(n)
-    if seed is not None and not all(source.meta for source in sources):
-        order = np.random.default_rng(seed).permutation(n)
-    labels = [layer for source in sources for layer in source.layers]
-    owner = np.repeat(np.arange(len(sources)), [len(source.layers) for source in sources])
-    parts = even_batches(n, batch_size, at_least)
-    groups = min(MAX_GROUPS, len(parts))
-    sums = torch.zeros(groups, len(labels), len(labels), dtype=torch.float64)
-    used, left_out = torch.zeros(groups, dtype=torch.float64), 0
-    for index, tensors in enumerate(batches(sources, order, parts)):
-        if len(parts[index]) < at_least:
-            left_out += len(parts[index])
-            continue
-        sums[index % groups] += hsic(torch.stack([gram(tensor) for tensor in tensors]))
-        used[index % groups] += 1
-    about = sources[0].meta
-    meta = {
-        "models": [source.provenance() for source in sources],
-        "seed": seed,
-        "versions": versions(),
-        "command": command_line(),
-        "images": about.get("images", {"source": "given features"}),
-        "n": n - left_out,
-        "batch_size": batch_size,
-        "precision": about.get("precision", "features"),
-        "replicates": int((used > 0).sum()),
-        "left_out": left_out,
+def as_plain(places: Places | str | None) -> dict[str, Any] | None:
+    """Where the vectors of a layer stand, as plain values; None where they have no grid."""
+    if not isinstance(places, Places):
+        return None
+    order = places.order.ravel()
+    row_by_row = np.array_equal(order, np.arange(order[0], order[0] + order.size))
+    return {
+        "grid": [places.rows, places.columns],
+        "order": int(order[0]) if row_by_row else order.tolist(),
+        "axes": list(places.axes),
+        "lengths": list(places.lengths),
+        "features": places.features,
+        "without_place": list(places.without_place),
+        "has_class": places.has_class,
     }
-    return Summed(sources, np.array(labels), owner, sums, used, meta)
 
 
-def batches(
-    sources: Sequence[Source], order: np.ndarray, sizes: Sequence[np.ndarray]
-) -> Iterator[list[Tensor]]:
-    """All layers of all models, batch after batch: (n, ...) float tensors, images in ``order``."""
-    for positions in sizes:
-        rows = order[positions]
-        sorted_rows = np.argsort(rows)
-        back = np.argsort(sorted_rows)
-        found = []
-        for source in sources:
-            for name, array in source.layers.items():
-                # Memory maps are read in the order of the file.
-                values = np.asarray(array[rows[sorted_rows]])[back]
-                tensor = torch.from_numpy(np.ascontiguousarray(values))
-                tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-                if not torch.isfinite(tensor).all():
-                    raise VitprobeError(f"The features {name} of {source.name} are not finite.")
-                found.append(tensor)
-        yield found
+def from_plain(facts: Mapping[str, Any]) -> Places:
+    """The inverse of ``as_plain``."""
+    rows, columns = facts["grid"]
+    order = facts["order"]
+    if isinstance(order, int):
+        order = range(order, order + rows * columns)
+    return Places(
+        np.array(order).reshape(rows, columns),
+        tuple(facts["axes"]),
+        tuple(facts["lengths"]),
+        facts["features"],
+        tuple(facts["without_place"]),
+        facts["has_class"],
+    )
 
 
 def _arrays(model: str, layers: Any) -> dict[str, Any]:
@@ -201,6 +156,7 @@ def _read(path: Path) -> Iterator[Source]:
         return
     if not path.is_file():
         raise VitprobeError(f"--features: no such file or folder: {str(path)!r}.")
+    meta: dict[str, Any] = {}
     try:
         if path.suffix == ".npy":
             layers = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)}
@@ -209,7 +165,12 @@ def _read(path: Path) -> Iterator[Source]:
                 layers = {name: loaded[name] for name in loaded.files}
     except Exception as error:
         raise VitprobeError(f"--features: {path} is no .npz or .npy of numbers: {error}") from error
-    yield Source(path.stem, _arrays(path.stem, layers))
+    key = next((key for key in LABEL_KEYS if key in layers and layers[key].ndim == 1), None)
+    if key is not None and len(layers) > 1:
+        given = layers.pop(key)
+        labels, classes = checked_labels(given, len(given), str(path))
+        meta = {"labels": labels.tolist(), "classes": list(classes)}
+    yield Source(path.stem, _arrays(path.stem, layers), meta)
 
 
 def _folder(folder: Path) -> Source:

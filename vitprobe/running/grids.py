@@ -16,7 +16,7 @@ from vitprobe.running import processes
 from vitprobe.running.session import Session
 from vitprobe.statistics.norms import norms
 from vitprobe.tracing.capture import capture
-from vitprobe.tracing.layers import CHOICES, Layer
+from vitprobe.tracing.layers import CHOICES, Choice, Layer, words
 from vitprobe.tracing.places import (
     CLASS_TOKEN,
     CONVOLUTION,
@@ -30,12 +30,12 @@ from vitprobe.tracing.places import (
 OnGrid = tuple[Layer, Places]
 
 
-def on_grids(ready: Session, choice: str | Sequence[str]) -> list[list[OnGrid]]:
+def on_grids(ready: Session, choice: Choice) -> list[list[OnGrid]]:
     """For each model, the chosen layers that have a grid of places, in forward order.
 
     Args:
         ready: the session.
-        choice: ``blocks``, ``paper``, ``all`` or names with wildcards.
+        choice: see ``LayerMap.choose``.
 
     Raises:
         NotApplicable: a model without such a layer, or a layer named that has no grid; sets pass
@@ -49,7 +49,7 @@ def on_grids(ready: Session, choice: str | Sequence[str]) -> list[list[OnGrid]]:
 
 
 def with_grids(
-    ready: Session, m: int, layers: Sequence[Layer], choice: str | Sequence[str] = "blocks"
+    ready: Session, m: int, layers: Sequence[Layer], choice: Choice = "blocks"
 ) -> list[OnGrid]:
     """Those of a model's layers that have a grid, with it.
 
@@ -58,7 +58,7 @@ def with_grids(
     """
     model, chosen = ready.models[m], list(zip(layers, ready.places(m, layers)))
     kept = [(layer, one) for layer, one in chosen if isinstance(one, Places)]
-    sets = set(CHOICES) & ({choice} if isinstance(choice, str) else set(choice))
+    sets = set(CHOICES) & set(words(choice))
     if not kept or (len(kept) < len(chosen) and not sets):
         bare, why = next(one for one in chosen if isinstance(one[1], str))
         raise NotApplicable(
@@ -100,7 +100,7 @@ class Placed:
     depth: float
 
 
-def placed_layers(ready: Session, choice: str | Sequence[str]) -> tuple[list[Placed], list[str]]:
+def placed_layers(ready: Session, choice: Choice) -> tuple[list[Placed], list[str]]:
     """The chosen layers of all models with their grids, and each model's kind.
 
     Args:
@@ -113,7 +113,7 @@ def placed_layers(ready: Session, choice: str | Sequence[str]) -> tuple[list[Pla
             one of these.
         VitprobeError: unknown layers.
     """
-    wanted = [choice] if isinstance(choice, str) else list(choice)
+    wanted = words(choice)
     last = wanted == ["last"]
     names = ["blocks" if name == "last" else name for name in wanted]
     found, kinds = [], []

@@ -73,10 +73,15 @@ def measure_one(
     loaded = load_models(models, options.image_size, options.seed, options.names)
     measurement, images, options = measurement.on(loaded, images, options, False)
     with _opened([measurement], loaded, images, options) as ready:
-        watch = measurement.prepare(ready)
-        part = _part(measurement.analysis, measurement, watch, list(range(len(loaded))), {}, ready)
-        _run(ready, [part])
-        return _result(part)
+        return measure_prepared(measurement, ready)
+
+
+def measure_prepared(measurement: Measurement, ready: Session) -> Any:
+    """The result of one measurement on all models of a session."""
+    watch, chosen = measurement.prepare(ready), list(range(len(ready.models)))
+    part = _part(measurement.analysis, measurement, watch, chosen, {}, ready)
+    _run(ready, [part])
+    return _result(part)
 
 
 def measure_each(

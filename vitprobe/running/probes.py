@@ -24,7 +24,6 @@ from vitprobe.running.loop import run
 from vitprobe.running.measurement import check_finite
 from vitprobe.running.session import Batch, Session
 from vitprobe.statistics.ridge import PENALTIES, dual, ridge, signed_targets, standardise
-from vitprobe.tracing.capture import capture
 from vitprobe.tracing.places import Places
 
 READOUTS = ("tokens", "CLS", "first patch", "mean", "all")
@@ -269,4 +268,4 @@ def captured(
         with torch.autocast(tensor.device.type, enabled=False):
             take(mine[k], tensor)
 
-    return capture(ready.models[m].module, [placed[i].layer for i in mine], reduce)
+    return ready.capture(m, [placed[i].layer for i in mine], reduce)

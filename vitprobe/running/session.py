@@ -31,6 +31,7 @@ from vitprobe.running.options import Options
 from vitprobe.running.precision import input_type
 from vitprobe.statistics.hsic import gram
 from vitprobe.tracing.attention_map import AttentionMap, map_attention
+from vitprobe.tracing.capture import capture
 from vitprobe.tracing.failures import forward_failure
 from vitprobe.tracing.layers import Layer, LayerMap, map_layers
 from vitprobe.tracing.places import Places, find_places
@@ -72,7 +73,10 @@ class Session:
     ) -> None:
         self.models, self.images, self.options = models, images, options
         self.device = resolve_device(options.device)
-        self.batches = even_batches(len(images), options.batch_size, at_least)
+        own = images.batches
+        self.batches = (
+            even_batches(len(images), options.batch_size, at_least) if own is None else list(own)
+        )
         self.broken: list[str] = []
         self.skipped: list[str] = []
         # For each model, whether it gets its inputs so.
@@ -153,6 +157,12 @@ class Session:
         """
         return self._once("attention", m, map_attention)
 
+    def capture(
+        self, m: int, layers: Sequence[Layer], reduce: Callable[[int, Tensor], None]
+    ) -> AbstractContextManager[None]:
+        """Within it, passes of a model hand its layers to ``reduce``; see ``tracing.capture``."""
+        return capture(self.models[m].module, layers, reduce)
+
     def _once(self, what: str, m: int, find: Callable[[str, Any, Tensor], Found]) -> Found:
         model = self.models[m]
         key = what, id(model)
@@ -232,6 +242,8 @@ class Session:
         """How many processes decode images for so many batches."""
         if self.options.workers is not None:
             return self.options.workers
+        if self.images.workers is not None:
+            return self.images.workers
         if self.images.are_tensors or batches < 2:
             return 0
         # Not all processors of a shared machine are this process's, nor this process's alone.
@@ -283,6 +295,8 @@ def session(
     try:
         loaded = load_models(models, options.image_size, options.seed, options.names)
         opened = open_images(images, options.num_images, options.seed)
+        if opened.batches is not None:
+            options = replace(options, batch_size=max(map(len, opened.batches)))
         _check_fit(loaded, opened, at_least)
         ready = Session(loaded, opened, options, at_least)
         modules = [model.module for model in loaded]
