@@ -162,7 +162,7 @@ class Endless(IterableDataset):
         (DataLoader(Ready(), batch_size=None), "has no batches"),
         (DataLoader(Ready(), sampler=DistributedSampler(Ready(), 2, 0)), "DistributedSampler"),
         (DataLoader(TensorDataset(PIXELS[:0])), "no images in a DataLoader"),
-        (DataLoader(TensorDataset(LABELS), batch_size=4), r"holds no images: a list that begins with a Tensor of torch.int64 \(4,\)"),
+        (DataLoader(TensorDataset(LABELS), batch_size=4), "no images: a list that begins"),
         (DataLoader(Ready(), batch_size=4, collate_fn=lambda items: torch.stack(
             [one for one, _ in items[:3]])), "3 images for 4 of its dataset"),
     ],

@@ -146,10 +146,10 @@ def _rows(batch: Any, count: int) -> Any:
         return batch[0]
     if isinstance(batch, (list, tuple)) and batch and len(batch) != count:
         first = batch[0]
-        shape = f" of {first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else ""
-        raise ValueError(
-            f"a {type(batch).__name__} that begins with a {type(first).__name__}{shape}"
-        )
+        what = type(first).__name__
+        if isinstance(first, Tensor):
+            what = f"tensor of {first.dtype} {tuple(first.shape)}"
+        raise ValueError(f"a {type(batch).__name__} that begins with a {what}")
     if isinstance(batch, (list, tuple, Tensor, np.ndarray)):
         return batch
     raise ValueError(f"a {type(batch).__name__}")
