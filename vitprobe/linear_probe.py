@@ -326,11 +326,9 @@ def from_features(
     asked = LinearProbe(None, shots, draws, layers)
     sources = open_features(features)
     found = measure_features(asked, sources, Options(**options), labels=labels, vectors=True)
-    # Of a part of a layer, or of features of others, what the model's own output reads is not known.
-    found.meta["kinds"] = [
-        kind if source.readout == "all" else ""
-        for kind, source in zip(found.meta["kinds"], sources)
-    ]
+    # What a model's own output reads can't be told from a part of a layer.
+    whole = [source.readout == "all" for source in sources]
+    found.meta["kinds"] = [kind * known for kind, known in zip(found.meta["kinds"], whole)]
     for row, model in enumerate(found.model_of_layer):
         only = {"mean": "mean", "class": "CLS", "": "mean"}.get(sources[model].readout)
         if only:
