@@ -102,14 +102,14 @@ class AttentionDistanceResult(Result):
                 return ax
             count = len(self.models)
             figure = drawing.new_figure(9, 3.1 * count + 0.5)
-            axes = figure.subplots(count, 2, squeeze=False, width_ratios=[1, 1.4])
+            axes = figure.subplots(count, 2, squeeze=False, sharey="row", width_ratios=[1, 1.4])
             top = 1.08 * max(np.nanmax(self.distance_px), self.uniform_px.max())
             for model, (left, right) in enumerate(axes):
                 self._sorted_panel(left, model)
                 self._depth_panel(right, model, drawing.COLOURS[0])
                 right.legend()
-                for one in (left, right):
-                    one.set_ylim(0, top)
+                right.set_ylabel("")
+                left.set_ylim(0, top)
             drawing.caption(figure, self._caption())
             return figure
 

@@ -150,6 +150,7 @@ class FrequencyResult(Result):
                 self._spectra(figure, spectra, model)
                 self._depth(high, model, *self.highest(), "Δ at the highest ω below π")
                 self._depth(variance, model, *logs, "ln V")
+                variance.sharex(high)
             shades = [
                 Patch(facecolor=SHADES[kind], alpha=0.25, label=kind)
                 for kind in KINDS

@@ -98,10 +98,11 @@ class OcclusionResult(Result):
             known = np.isfinite(self.accuracy).any()
             rows = ["agreement", "accuracy"] if known else ["agreement"]
             figure = drawing.new_figure(4.2 * len(sides) + 0.6, 2.9 * len(rows) + 0.8)
-            axes = figure.subplots(len(rows), len(sides), squeeze=False)
+            axes = figure.subplots(len(rows), len(sides), squeeze=False, sharex="col", sharey="row")
             for line, what in zip(axes, rows):
                 for one, side in zip(line, sides):
                     self._lines(one, what, *side)
+                    one.label_outer()
             axes[0, 0].legend()
             drawing.caption(figure, self._caption())
             return figure

@@ -108,12 +108,13 @@ class SkipAblationResult(Result):
             rows = [np.flatnonzero(np.array(owners) == row) for row in np.unique(owners)]
             columns = max(len(row) for row in rows)
             figure = drawing.new_figure(3.1 * columns + 0.7, 3.5 * len(rows) + 0.5)
-            axes = figure.subplots(len(rows), columns, squeeze=False)
+            # Two given models may differ in their layers; panels of one model do not.
+            shared: Any = "none" if self.meta["trained_without"] else "row"
+            axes = figure.subplots(len(rows), columns, squeeze=False, sharex=shared, sharey=shared)
             for line, row in zip(axes, rows):
                 for one in line[len(row) :]:
                     one.axis("off")
                 for place, (one, panel) in enumerate(zip(line, row)):
-                    # Two given models may differ in their layers.
                     first = place == 0 or self.meta["trained_without"]
                     image = self._panel(one, int(panel), first)
             figure.colorbar(image, ax=axes, label="CKA", aspect=30, pad=0.01)
@@ -128,7 +129,8 @@ class SkipAblationResult(Result):
         for axis in (ax.xaxis, ax.yaxis):
             drawing.layer_axis(axis, names, "")
         if not first:
-            ax.set(yticks=[], ylabel="")
+            ax.set_ylabel("")
+            ax.tick_params(left=False, labelleft=False)
         ax.set(xticks=[], xlabel="layer, same order")
         title = drawing.short(self.models[self.model_of_panel[panel]], 34)
         if self.block[panel]:
