@@ -18,7 +18,7 @@ from vitprobe.images.sources import open_images
 from vitprobe.models.loading import wrap
 from vitprobe.results.result import load_result
 from vitprobe.running import memory
-from vitprobe.statistics.fields import channels_of_images, reaches_border
+from vitprobe.statistics.fields import channels_of_images, reaches_border, three_digits
 from vitprobe.tracing.centre_gradients import rows_of_jacobian
 from vitprobe.tracing.layers import map_layers
 from vitprobe.tracing.theoretical_field import theoretical_fields
@@ -192,6 +192,14 @@ def test_areas_and_centre_cells_by_hand():
     assert receptive_field.area(torch.zeros(1, 4, 4), 0.5).isnan().all()
     share, over = receptive_field.centre_cell(field[1].double(), (2, 2))
     assert share == pytest.approx(0.6) and over == pytest.approx(0.2)
+
+
+def test_errors_of_maps_keep_three_digits():
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0)).numpy() * 1e-6
+    values[:3] = 0, np.nan, np.inf
+    kept = three_digits(values)
+    np.testing.assert_allclose(kept, values, rtol=2**-11)
+    assert not (kept[3:].view(np.int32) & (2**13 - 1)).any() and (kept[3:] != values[3:]).any()
 
 
 def test_a_subset_of_channels_estimates_the_mean_and_tells_its_error():

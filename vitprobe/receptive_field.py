@@ -62,7 +62,7 @@ class ReceptiveFieldResult(Result):
     Attributes:
         gradient: (layers, H, W) mean |∂centre/∂input|, float32; where models see images of
             several sizes, smaller ones end in NaN.
-        gradient_se: (layers, H, W) jackknife standard error.
+        gradient_se: (layers, H, W) jackknife standard error, to three digits.
         area50: (layers,) fraction of the image that holds half of the mass.
         area50_se: (layers,) standard error.
         area90: (layers,) fraction of the image that holds nine tenths of the mass.
