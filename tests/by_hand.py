@@ -155,6 +155,34 @@ def bootstrap(statistic, parts):
     return np.std(drawn, axis=0) * np.sqrt(len(parts) / (len(parts) - 1))
 
 
+def slow_probe(features, rows, labels):
+    """Accuracy on images 24 to 59, the penalty chosen by fitting again without each image."""
+    x = (features - features[rows].mean(0)) / (features[rows].std(0) + 1e-5)
+    x = np.hstack([x, np.ones((len(x), 1))])
+    fitted, targets = x[rows], 2 * np.eye(3)[labels[rows]] - 1
+
+    def weights(penalty):
+        kernel = fitted @ fitted.T + penalty * np.eye(len(fitted))
+        return fitted.T @ np.linalg.solve(kernel, targets)
+
+    def left_out(i, penalty):
+        """What is told of an image by fits on the others, about their own means."""
+        kept = np.delete(everything, i)
+        about, level = fitted[kept, :-1].mean(0), targets[kept].mean(0)
+        rest = fitted[kept, :-1] - about
+        kernel = rest @ rest.T + penalty * np.eye(len(kept))
+        found = rest.T @ np.linalg.solve(kernel, targets[kept] - level)
+        return (fitted[i, :-1] - about) @ found + level
+
+    everything = np.arange(len(rows))
+    missed = {}
+    for penalty in 10.0 ** np.arange(-2, 7):
+        left = [left_out(i, penalty) for i in everything]
+        missed[penalty] = ((np.array(left) - targets) ** 2).mean()
+    best = min(missed, key=missed.get)
+    return ((x[24:] @ weights(best)).argmax(1) == labels[24:]).mean()
+
+
 def error_of_mean(values):
     return values.std(0, ddof=1) / math.sqrt(len(values))
 

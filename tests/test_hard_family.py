@@ -19,6 +19,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from by_hand import slow_cka, slow_probe
 from hard_family import (
     BATCH,
     CNNS,
@@ -34,7 +35,6 @@ from hard_family import (
     hard_vit,
     images,
 )  # fmt: skip
-from test_references import slow_cka, slow_probe
 
 from vitprobe import (
     attention_distance,
@@ -74,7 +74,7 @@ def exact_cka(xs, ys):
         [torch.cat([one[part] - one[part].mean(0) for part in PARTS]) for one in side]
         for side in (xs, ys)
     ]
-    return slow_cka(*about)
+    return slow_cka(*about, PARTS)(PARTS)
 
 
 def error_of_mean(each):

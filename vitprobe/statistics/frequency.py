@@ -7,7 +7,7 @@ sines and cosines; what is constant over the map is taken away first, as its dig
 from __future__ import annotations
 
 from functools import lru_cache
-from math import log, pi
+from math import log, pi, sqrt
 
 import numpy as np
 import torch
@@ -50,7 +50,8 @@ def log_amplitudes(maps: Tensor, rows: int, columns: int) -> tuple[Tensor, Tenso
             frequency, which has no logarithm: left out there.
     """
     given = torch.float64 if maps.dtype == torch.float64 else torch.float32
-    rounding = 8 * torch.finfo(given).eps * rows * columns
+    # Roundings of as many terms of either sign, with room to spare.
+    rounding = 8 * torch.finfo(given).eps * sqrt(rows * columns)
     images = max(1, PIECE // max(1, maps[:1].numel()))
     parts = []
     for piece in maps.split(images):
@@ -81,8 +82,8 @@ def _of_piece(
     waves = _waves(rows, columns, wide.dtype).to(wide.device)
     cosine, sine = (waves @ centred).chunk(2, 1)
     power = cosine.square() + sine.square()
-    # |F|² is at most count² · variance; rounding of the mean and the sums leaves about this much.
-    least = rounding**2 * (variance + mean[:, 0].square() / count)[:, None]
+    # What the roundings of the values and of their sums leave where there is nothing.
+    least = rounding**2 * (variance + mean[:, 0].square())[:, None]
     constant = mean.abs().log() + log(count)
     logs = torch.cat([torch.zeros_like(constant), 0.5 * power.log() - constant], 1)
     nothing = torch.cat([mean == 0, power <= least], 1)
