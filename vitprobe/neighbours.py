@@ -138,7 +138,7 @@ class NeighboursResult(Result):
             ax.axvline(edge, color="white", linewidth=1.2)
         middles = [self.rows_of(m).mean() for m in range(len(self.models))]
         above = ax.secondary_xaxis("top")
-        above.set_xticks(middles, [drawing.short(name, 18) for name in self.models])
+        above.set_xticks(middles, [drawing.short(name, 24) for name in self.models])
         above.tick_params(length=0, rotation=12)
         above.spines[:].set_visible(False)
 
