@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import threading
 import time
 from pathlib import Path
@@ -10,11 +11,18 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
+
+try:  # clients before version 1 have no session of their own to close
+    from huggingface_hub import close_session
+except ImportError:
+    from huggingface_hub.utils import reset_sessions as close_session
 
 from vitprobe import VitprobeError, load_model
+from vitprobe.models import hub as hubs
 
 COMMIT = "c" * 40
+ELSEWHERE = "http://hub.invalid"
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -25,6 +33,8 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.answer, self.asked = folder, 200, []
+        self.weights, self.config = None, None
+        self.proxied, self.stopped = 0, threading.Event()
 
     @property
     def address(self):
@@ -39,12 +49,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         hub, path = self.server, self.path.partition("?")[0]
+        # A proxy is asked for whole addresses.
+        path = path.removeprefix(ELSEWHERE)
+        hub.proxied += self.path.startswith(ELSEWHERE)
         if path == "/":
             return self.reply(200)
         hub.asked.append(f"{self.command} {path}")
         if isinstance(hub.answer, int) and hub.answer >= 400:
             codes = {404: "RepoNotFound", 401: "RepoNotFound", 403: "GatedRepo"}
-            return self.reply(hub.answer, {"X-Error-Code": codes.get(hub.answer, "Other")})
+            # One that is to wait for is told how long.
+            headers = {"X-Error-Code": codes.get(hub.answer, "Other"), "Retry-After": "600"}
+            return self.reply(hub.answer, headers)
         start, _, name = path.rpartition("/")
         file = hub.folder / name
         if not start.startswith("/me/net/resolve/") or not file.is_file():
@@ -52,13 +67,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = file.read_bytes()
         if hub.answer == "no json" and name == "config.json":
             content = b"{torn"
+        if name == "config.json" and hub.config is not None:
+            content = hub.config
+        if name == "model.safetensors" and hub.weights is not None:
+            content = hub.weights
         digest = hashlib.sha256(content).hexdigest()
         headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
-        return self.reply(200, headers, content, hub.answer == "breaks off" and "model" in name)
+        return self.reply(200, headers, content, "model" in name and hub.answer)
 
     do_GET = do_HEAD
 
-    def reply(self, status, headers=(), content=b"", torn=False):
+    def do_CONNECT(self):
+        self.server.asked.append(f"CONNECT {self.path}")
+        self.reply(502)
+
+    def reply(self, status, headers=(), content=b"", how=200):
+        torn = how in ("breaks off", "stalls")
         self.send_response(status)
         for key, value in dict(headers).items():
             self.send_header(key, value)
@@ -66,6 +90,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content[: len(content) // 3] if torn else content)
+            if how == "stalls":
+                self.wfile.flush()
+                self.server.stopped.wait(60)
         self.close_connection = self.close_connection or torn
 
 
@@ -95,7 +122,10 @@ def hub(folder, monkeypatch, tmp_path):
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()
     yield server
+    close_session()
+    server.stopped.set()
     server.shutdown()
     server.server_close()
 
@@ -124,6 +154,8 @@ def test_cold_cached_gone_and_back_within_one_session(hub, folder, monkeypatch):
         (404, r"hub has no me/net \(404\): check the name .*hf auth login"),
         (401, r"no repository me/net, or it is private \(401\)"),
         (403, r"access to me/net is restricted \(403\): ask for it"),
+        (429, r"hub asks to wait \(429, too many requests\)"),
+        (500, r"hub answers with an error \(500\): try again later"),
         ("no json", r"config\.json of me/net on the model hub is not JSON"),
     ],
 )
@@ -143,3 +175,93 @@ def test_no_half_of_a_file_is_trusted_afterwards(hub):
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
     hub.answer = 200
     assert load_model("hf-hub:me/net").module.num_classes == 7
+
+
+def test_a_download_that_stands_still_is_given_up(hub, monkeypatch):
+    monkeypatch.setattr(hubs, "PATIENCE_S", 0.2)
+    hub.answer = "stalls"
+    with pytest.raises(VitprobeError, match=r"broke off: 2 times .* sent nothing for 0 s"):
+        load_model("hf-hub:me/net")
+    assert hub.asked.count("GET /me/net/resolve/main/model.safetensors") <= 2
+    hub.answer = 200
+    assert load_model("hf-hub:me/net").module.num_classes == 7
+
+
+def test_the_client_is_left_as_it_was(hub):
+    from huggingface_hub.utils import get_session, logging
+
+    hub.answer = 500
+    before = logging.get_verbosity()
+    with pytest.raises(VitprobeError):
+        load_model("hf-hub:me/net")
+    hooks = getattr(get_session(), "event_hooks", {"response": []})
+    assert len(hooks["response"]) == 0 and logging.get_verbosity() == before
+
+
+def test_a_cached_file_serves_while_the_hub_fails(hub):
+    first = load_model("hf-hub:me/net")
+    for answer in (429, 500):
+        hub.answer = answer
+        assert load_model("hf-hub:me/net").weights_sha256() == first.weights_sha256()
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+def test_a_proxy_is_used_where_one_is_set(hub, monkeypatch, variable):
+    at(monkeypatch, ELSEWHERE)
+    monkeypatch.setenv(variable, hub.address)
+    assert load_model("hf-hub:me/net").module.num_classes == 7
+    assert hub.proxied > 2
+
+
+def test_an_encrypted_hub_is_asked_through_the_proxy(hub, monkeypatch):
+    at(monkeypatch, "https://hub.invalid")
+    monkeypatch.setenv("HTTPS_PROXY", hub.address.replace("//", "//me:secret@"))
+    with pytest.raises(VitprobeError, match=f"reached through the proxy {hub.address}") as caught:
+        load_model("hf-hub:me/net")
+    assert "CONNECT hub.invalid:443" in hub.asked and "secret" not in str(caught.value)
+
+
+def test_a_proxy_out_of_reach_is_named(hub, monkeypatch):
+    at(monkeypatch, ELSEWHERE)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with pytest.raises(VitprobeError, match=r"reached through the proxy http://127\.0\.0\.1:9\."):
+        load_model("hf-hub:me/net")
+
+
+STATES = {
+    "another width": (lambda s: {n: t[:1] for n, t in s.items()}, "size mismatch|do not fit"),
+    "a part": (lambda s: {n: t for n, t in s.items() if "blocks.1" not in n}, "Missing|do not fit"),
+    "integers": (lambda s: {n: t.to(torch.int8) for n, t in s.items()}, "not in plain numbers"),
+}
+
+
+@pytest.mark.parametrize("what", STATES)
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_the_hub_fit_in_whole_or_are_an_error(hub, folder, monkeypatch, what, strict):
+    """Also where timm itself loads as much of them as fits."""
+    from timm.models import vision_transformer
+
+    change, message = STATES[what]
+    build = vision_transformer.build_model_with_cfg
+    monkeypatch.setattr(
+        vision_transformer, "build_model_with_cfg",
+        lambda *given, **more: build(*given, **{**more, "pretrained_strict": strict}),
+    )  # fmt: skip
+    hub.weights = save({n: t.contiguous() for n, t in
+                        change(load_file(folder / "model.safetensors")).items()})  # fmt: skip
+    with pytest.raises(VitprobeError, match=message):
+        load_model("hf-hub:me/net")
+
+
+def test_a_classifier_that_the_configuration_counts_wrongly_is_an_error(hub, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"] = {"num_classes": 9}
+    hub.config = json.dumps(config).encode()
+    with pytest.raises(VitprobeError, match=r"Missing: head\.weight, head\.bias"):
+        load_model("hf-hub:me/net")
+
+
+def test_a_repository_of_another_library_says_so(hub):
+    hub.config = b'{"model_type": "vit"}'
+    with pytest.raises(VitprobeError, match=r"names no architecture of timm.*hf download me/net"):
+        load_model("hf-hub:me/net")

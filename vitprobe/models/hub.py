@@ -143,7 +143,9 @@ def _impatient() -> Iterator[None]:
         one = key(response.request)
         answered[one] += 1
         code = response.status_code
-        if code == TOO_MANY or (code >= 500 and answered[one] >= ERRORS):
+        # The client waits for as long as the hub says, which may be an hour.
+        waits = "Retry-After" in response.headers or answered[one] >= ERRORS
+        if code == TOO_MANY or (code >= 500 and waits):
             hf_raise_for_status(response)
 
     before = session.event_hooks
