@@ -1,13 +1,19 @@
 """Checkpoints that transformers has written give timm's networks the very same outputs."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
 from vitprobe import VitprobeError, load_model
+from vitprobe.models.contents import Contents
+from vitprobe.models.fitting import fit, put
 from vitprobe.models.foreign import rename
+from vitprobe.models.reference import reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,6 +34,84 @@ def saved(module, folder="hf"):
             torch.nn.init.normal_(parameter, std=0.2)
     module.eval().save_pretrained(folder)
     return module
+
+
+def filled(module):
+    """All of its numbers drawn, also those that begin as zeros or ones."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return module.eval()
+
+
+def beit(num_classes, pretrained=False):
+    return timm.models.beit.Beit(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2,
+        num_classes=num_classes, init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-12),
+    )  # fmt: skip
+
+
+def convnext(num_classes, pretrained=False, **options):
+    return timm.models.convnext.ConvNeXt(
+        depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=num_classes, **options
+    )
+
+
+def dinov2(num_classes, pretrained=False, **options):
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=num_classes,
+        init_values=1e-5, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **options,
+    )  # fmt: skip
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+         "patch_size": 8}  # fmt: skip
+STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_labels": 5}
+FAMILIES = {
+    "BEiT": (
+        "Beit", {**SMALL, "intermediate_size": 64, "num_labels": 5, "layer_norm_eps": 1e-12,
+                 "use_relative_position_bias": True, "use_mask_token": False},
+        beit, timm.models.beit, "ForImageClassification",
+    ),
+    "ConvNeXt": (
+        "ConvNext", STAGES, convnext, timm.models.convnext, "ForImageClassification"
+    ),
+    "ConvNeXt V2": (
+        "ConvNextV2", STAGES, partial(convnext, use_grn=True, ls_init_value=None),
+        timm.models.convnext, "ForImageClassification",
+    ),
+    "DINOv2": ("Dinov2", SMALL, dinov2, timm.models.vision_transformer, "Model"),
+    "DINOv2 with registers": (
+        "Dinov2WithRegisters", {**SMALL, "num_register_tokens": 4},
+        partial(dinov2, reg_tokens=4, no_embed_class=True), timm.models.vision_transformer,
+        "Model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("names", ["in a file", "in memory"])
+@torch.no_grad()
+def test_families_that_renaming_alone_makes_timm_s(family, names):
+    kind, options, make, where, what = FAMILIES[family]
+    theirs = filled(getattr(transformers, f"{kind}{what}")(
+        getattr(transformers, f"{kind}Config")(**options)
+    ))  # fmt: skip
+    state = theirs.state_dict()
+    if names == "in a file":
+        theirs.save_pretrained("hf")
+        state = load_file("hf/model.safetensors")
+    needed = replace(reference(make), convert=where.checkpoint_filter_fn)
+    found = fit("net@hf", Contents("hf", state, "", Path("hf")), needed)
+    mine = make(found.num_classes).eval()
+    put("net@hf", mine, found)
+    images = IMAGES[:, :, :32, :32]
+    out = theirs(images)
+    expected = out.logits if what != "Model" else out.last_hidden_state
+    got = mine(images) if what != "Model" else mine.forward_features(images)
+    assert found.num_classes == (5 if what != "Model" else 0)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert f"converted from transformers ({family.split()[0]}" in found.said()
 
 
 @torch.no_grad()

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 # In front of the encoder's names in models with a head or a text tower.
-ROOT = r"^(?:(?:vit|deit|dinov2|dinov2_with_registers|swin|vision_model)\.)?"
-BLOCK = r"encoder\.layers?\.(\d+)\."
+ROOT = (
+    r"^(?:(?:vit|deit|dinov2|dinov2_with_registers|beit|convnext|convnextv2|swin|vision_model)\.)?"
+)
+# Version 5 calls some parts otherwise in memory than in the files that it saves.
+BLOCK = r"(?:encoder\.)?layers?\.(\d+)\."
 VIT = (
     (r"embeddings\.cls_token$", "cls_token"),
     (r"embeddings\.distillation_token$", "dist_token"),
@@ -19,7 +22,11 @@ VIT = (
     (r"embeddings\.position_embeddings$", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (BLOCK + r"attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
-    (BLOCK + r"attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (BLOCK + r"attention\.([qkv])_proj\.", r"blocks.\1.attn.\2."),
+    (BLOCK + r"attention\.(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
+    (BLOCK + r"(?:attention\.attention\.)?relative_position_bias\.relative_position_bias_table$",
+     r"blocks.\1.attn.relative_position_bias_table"),
+    (BLOCK + r"lambda_([12])$", r"blocks.\1.gamma_\2"),
     (BLOCK + r"intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
     (BLOCK + r"output\.dense\.", r"blocks.\1.mlp.fc2."),
     (BLOCK + r"mlp\.weights_in\.", r"blocks.\1.mlp.fc1."),
@@ -29,7 +36,9 @@ VIT = (
     (BLOCK + r"layer_scale([12])\.lambda1$", r"blocks.\1.ls\2.gamma"),
     (BLOCK + r"(norm1|norm2|mlp\.fc1|mlp\.fc2)\.", r"blocks.\1.\2."),
     (r"layernorm\.", "norm."),
-)
+)  # fmt: skip
+# BEiT normalises what it has pooled.
+BEIT = (*VIT, (r"pooler\.layernorm\.", "fc_norm."))
 CLIP = (
     (r"embeddings\.class_embedding$", "cls_token"),
     (r"embeddings\.position_embedding\.weight$", "pos_embed"),
@@ -61,6 +70,18 @@ SWIN = (
     (r"encoder\.layers\.(\d+)\.downsample\.", r"layers.\1.downsample."),
     (r"layernorm\.", "norm."),
 )  # fmt: skip
+STAGE = r"encoder\.stages\.(\d+)\."
+CONVNEXT = (
+    (r"embeddings\.patch_embeddings\.", "stem.0."),
+    (r"embeddings\.layernorm\.", "stem.1."),
+    (STAGE + r"downsampling_layer\.(\d)\.", r"stages.\1.downsample.\2."),
+    (STAGE + r"layers\.(\d+)\.layer_scale_parameter$", r"stages.\1.blocks.\2.gamma"),
+    (STAGE + r"layers\.(\d+)\.dwconv\.", r"stages.\1.blocks.\2.conv_dw."),
+    (STAGE + r"layers\.(\d+)\.layernorm\.", r"stages.\1.blocks.\2.norm."),
+    (STAGE + r"layers\.(\d+)\.pwconv([12])\.", r"stages.\1.blocks.\2.mlp.fc\3."),
+    (STAGE + r"layers\.(\d+)\.grn\.", r"stages.\1.blocks.\2.mlp.grn."),
+    (r"layernorm\.", "head.norm."),
+)
 # Blocks in groups, as they are trained; each has its own number all the same.
 CHUNKS = ((r"blocks\.\d+\.(\d+)\.", r"blocks.\1."),)
 # A key that only one layout has, the layout's name, its renames, its classifiers.
@@ -68,9 +89,12 @@ LAYOUTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, str]], ...
     (r"encoder\.layers\.\d+\.blocks\.\d+\.attention\.self\.", "transformers (Swin)", SWIN,
      {"classifier.": "head.fc."}),
     (r"encoder\.layers\.\d+\.self_attn\.q_proj\.", "transformers (CLIP, SigLIP)", CLIP, {}),
+    (r"encoder\.stages\.\d+\.layers\.\d+\.pwconv1\.", "transformers (ConvNeXt)", CONVNEXT,
+     {"classifier.": "head.fc."}),
     (r"embeddings\.register_tokens$|encoder\.layer\.\d+\.layer_scale1\.", "transformers (DINOv2)",
      VIT, {}),
-    (r"encoder\.layer\.\d+\.attention\.attention\.query\.", "transformers (ViT)", VIT,
+    (BLOCK + r"lambda_1$", "transformers (BEiT)", BEIT, {"classifier.": "head."}),
+    (BLOCK + r"attention\.(attention\.query|q_proj)\.", "transformers (ViT)", VIT,
      {"classifier.": "head.", "cls_classifier.": "head.",
       "distillation_classifier.": "head_dist."}),
     (r"blocks\.\d+\.\d+\.", "DINOv2's training code", CHUNKS, {}),
@@ -126,6 +150,11 @@ def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = [f"{start}.attn.{name}.{end}" for name in names]
             if middle and all(part in found for part in parts):
                 found[f"{start}.attn.qkv.{end}"] = torch.cat([found.pop(p) for p in parts])
+            elif middle and end == "bias":
+                # BEiT's keys have none.
+                for part, name in ((parts[0], "q_bias"), (parts[2], "v_bias")):
+                    if part in found:
+                        found[f"{start}.attn.{name}"] = found.pop(part)
         if key.startswith("attn_pool.in_proj."):
             end, tensor = key.rpartition(".")[2], found.pop(key)
             width = len(tensor) // 3
@@ -152,4 +181,4 @@ def _shaped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in ("cls_token", "pos_embed"):
         if name in state:
             state[name] = state[name].reshape(1, -1, state[name].shape[-1])
-    return state
+    return {n: t.flatten() if ".mlp.grn." in n else t for n, t in state.items()}
