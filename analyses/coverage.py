@@ -56,6 +56,7 @@ from vitprobe import (
 from vitprobe.errors import VitprobeError
 from vitprobe.images.sources import open_images
 from vitprobe.models.loading import Model, load_model, wrap
+from vitprobe.running.precision import input_type
 from vitprobe.tracing.attention import map_attention
 from vitprobe.tracing.layers import map_layers
 
@@ -231,7 +232,7 @@ def entries(model: Model, images: torch.Tensor, measurements: Measurements) -> R
     """What of each kind a model has, and what each measurement says of it."""
     found: dict[str, Any] = {}
     try:
-        found |= counts(model, images)
+        found |= counts(model, images.to(input_type(model.module, images[:1])))
     except VitprobeError as error:
         found["left_out"] = str(error)
     for measurement, measure in measurements.items():

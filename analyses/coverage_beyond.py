@@ -49,10 +49,8 @@ def test_vit() -> nn.Module:
 
 
 TORCHVISION = (
-    "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2",
-    "mobilenet_v3_small", "efficientnet_b0", "regnet_x_400mf", "regnet_y_400mf", "mnasnet0_5",
-    "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121", "vgg11", "vgg11_bn", "alexnet",
-    "convnext_tiny",
+    "resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "regnet_x_400mf",
+    "mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_1",
 )  # fmt: skip
 
 
@@ -63,6 +61,13 @@ def torchvision_swin(second: bool) -> nn.Module:
     return swin.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], **of_the_second)
 
 
+def torchvision_convnext() -> nn.Module:
+    convnext = import_module("torchvision.models.convnext")
+    widths = ((8, 16, 1), (16, 32, 1), (32, 64, 3), (64, None, 1))
+    settings = [convnext.CNBlockConfig(*one) for one in widths]
+    return convnext.ConvNeXt(settings, num_classes=CLASSES)
+
+
 def flattened(name: str) -> nn.Module:
     return torch.fx.symbolic_trace(of("torchvision.models", name).eval())
 
@@ -70,7 +75,8 @@ def flattened(name: str) -> nn.Module:
 def from_torchvision() -> dict[str, Theirs]:
     models = "torchvision.models"
     build = {name: partial(of, models, name) for name in TORCHVISION}
-    build["googlenet"] = partial(of, models, "googlenet", init_weights=False)
+    build["densenet"] = partial(of, models, "DenseNet", 8, (2, 2, 3), 16, num_classes=CLASSES)
+    build["convnext"] = torchvision_convnext
     build["vision_transformer"] = partial(
         of, models, "VisionTransformer", SIDE, 16, 3, 2, 32, 64
     )  # fmt: skip
@@ -79,9 +85,7 @@ def from_torchvision() -> dict[str, Theirs]:
     build["maxvit"] = partial(of, models, "MaxVit", (SIDE, SIDE), 8, 4, [8, 16], [1, 2], 4, 0.0)
     build["resnet18, flattened by torch.fx"] = partial(flattened, "resnet18")
     build["mobilenet_v2, flattened by torch.fx"] = partial(flattened, "mobilenet_v2")
-    found = {name: Theirs("torchvision", one) for name, one in build.items()}
-    inception = partial(of, models, "inception_v3", init_weights=False)
-    return found | {"inception_v3": Theirs("torchvision", inception, 96)}
+    return {name: Theirs("torchvision", one) for name, one in build.items()}
 
 
 PLAIN = {
@@ -142,11 +146,10 @@ def from_vit_pytorch() -> dict[str, Theirs]:
     plain = {
         "ViT": "vit", "SimpleViT": "simple_vit", "DeepViT": "deepvit", "parallel ViT":
         "parallel_vit", "RegisterViT": "simple_vit_with_register_tokens", "RoPE ViT": "rvt",
-        "LocalViT": "local_vit", "fast ViT": "simple_flash_attn_2d", "LookViT": "look_vit",
         "learnable memory": "learnable_memory_vit", "PatchDropout": "vit_with_patch_dropout",
     }  # fmt: skip
     classes = {"SimpleViT": "SimpleViT", "DeepViT": "DeepViT", "RegisterViT": "SimpleViT",
-               "RoPE ViT": "RvT", "LocalViT": "LocalViT"}  # fmt: skip
+               "RoPE ViT": "RvT"}  # fmt: skip
     found = {
         name: Theirs("vit_pytorch", partial(of, f"vit_pytorch.{module}", classes.get(name, "ViT"),
                                             **VIT_PYTORCH))

@@ -107,6 +107,19 @@ class FlatLoop(nn.Module):
         return x
 
 
+class LoopOfPlus(nn.Module):
+    """Each branch with a module that adds it, in a list."""
+
+    def __init__(self, depth=3):
+        super().__init__()
+        self.units = nn.ModuleList([nn.ModuleList([mlp(), Plus()]) for _ in range(depth)])
+
+    def forward(self, x):
+        for branch, plus in self.units:
+            x = plus(x, branch(x))
+        return x
+
+
 class TwoMLPs(nn.Module):
     """Token mixing and channel mixing: two branches of one class in one block."""
 
@@ -220,6 +233,7 @@ TOKENS = {
     "loop over pairs": (Loop(), [f"body sum {2 * i + 2}" for i in range(3)]),
     "loop of parallel branches": (Loop(parallel=True), [f"body sum {2 * i + 2}" for i in range(3)]),
     "loop over one list": (FlatLoop(), [f"body sum {2 * i + 2}" for i in range(3)]),
+    "loop with modules that add": (LoopOfPlus(), [f"body sum {i}" for i in (1, 2, 3)]),
     "loops in a row": (
         Chain(Loop(2), Loop(2)),
         [f"body.blocks.{i} sum {j}" for i in range(2) for j in (2, 4)],

@@ -8,8 +8,9 @@ the pass, not from names:
 - Of units within one another, the outer one is the block if the inner ones are parts of it (a
   position encoding, a sublayer that adds for itself), and none if they are a row of their own (a
   skip over a whole stage).
-- What stands in the same row without a skip is a block as well if it is of the same class, or if
-  weights follow weights in it: a strided block, but not a stem, a norm or a single convolution.
+- What has no skip is a block as well if it is of the same class as blocks are and weights follow
+  weights in it, or if it stands in a row with them and weights follow weights in it: a strided
+  block, but not a stem, a norm or a single convolution.
 
 A network without any residual addition has the repeated units of ``tracing.series``.
 """
@@ -223,7 +224,8 @@ def _without_a_skip(unit: _Unit, trace: Trace) -> list[Place]:
     found = []
     for calls in parts.values():
         first, last = calls[0], calls[-1]
-        if sum(call.name == last.name for call in calls) > 1:
+        adds = any(first.started < one.started < last.finished for one in trace.additions)
+        if adds or sum(call.name == last.name for call in calls) > 1:
             continue
         place, into = any_output(last), node_of(first.inputs)
         if place is None or into is None or _takes_the_image(first, trace.nodes):
@@ -298,18 +300,24 @@ def _same_row(blocks: list[Call], units: list[_Unit], trace: Trace) -> list[Call
         ranks[pattern(block.name)] |= {len(info.shape) for _, info in block.outputs}
     known = {(unit.call.name, unit.call.index) for unit in units}
     known |= {(call.name, call.index) for call in blocks}
+    kinds = {block.type_name for block in blocks} - {kind.__name__ for kind in GENERIC}
     row = []
     for call in trace.calls:
         place = pattern(call.name)
-        if not call.name or place not in classes or (call.name, call.index) in known:
+        alike = call.type_name in kinds and depth(call, trace.nodes) > 1
+        if not call.name or not (alike or place in classes) or (call.name, call.index) in known:
             continue
         if any(contains(unit.call, call) for unit in units):
             continue
-        if call.type_name in classes[place] or (
-            not call.is_leaf
-            and depth(call, trace.nodes) > 1
-            and not _takes_the_image(call, trace.nodes)
-            and any(len(info.shape) in ranks[place] for _, info in call.outputs)
+        if (
+            alike
+            or call.type_name in classes[place]
+            or (
+                not call.is_leaf
+                and depth(call, trace.nodes) > 1
+                and not _takes_the_image(call, trace.nodes)
+                and any(len(info.shape) in ranks[place] for _, info in call.outputs)
+            )
         ):
             row.append(call)
     return row
