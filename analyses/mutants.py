@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = pyplot, sklearn.decomposition, timm.data, torchvision.models
 SMALL, KINDS = "tests/test_small_rules.py", "tests/test_options_count.py"
 UPRIGHT, KEYS = "tests/test_drawn_upright.py", "tests/test_fingerprint.py"
+ELSEWHERE = "tests/test_options_elsewhere.py"
 SAFE, TEXTS = "tests/test_nothing_executed.py", "tests/test_escaped.py"
 REACHES = f"{KINDS}::test_every_option_of_a_command_reaches_the_measurement"
 DRAWN = f"{UPRIGHT}::test_every_measurement_is_drawn_upright_on_one_scale"
@@ -244,8 +245,6 @@ FAULTS = [
     Fault("error of another quantity", "vitprobe/frequency.py",
           "step_delta_se=step_delta_se", "step_delta_se=step_variance_se",
           f"{WAVES} -k every_sublayer"),
-    Fault("steps across sizes of maps", "vitprobe/frequency.py",
-          "or (before.rows, before.columns) != size", "", f"{WAVES} -k resnets"),
     Fault("channels without a mean kept", "vitprobe/statistics/frequency.py",
           "    nothing |= mean == 0", "    nothing |= mean != mean", f"{WAVES} -k constant"),
     Fault("frequencies of the other side", "vitprobe/statistics/frequency.py",
@@ -312,10 +311,10 @@ FAULTS = [
     Fault("prefix counts as places", "vitprobe/extract.py",
           "return spatial.mean(1)", "return tensor.mean(1)", "tests/test_extract.py -k readouts"),
     Fault("precision of a folder not told", "vitprobe/extract.py",
-          '        "precision": ready.options.precision,\n', "", f"{KINDS} -k extract"),
+          '        "precision": ready.options.precision,\n', "", f"{ELSEWHERE} -k extract"),
     Fault("--dtype not passed on", "vitprobe/extract.py",
           "readout=args.readout, dtype=args.dtype,", "readout=args.readout,",
-          f"{KINDS} -k extract"),
+          f"{ELSEWHERE} -k extract"),
     Fault("skip and branch mixed up", "vitprobe/activations.py",
           'tensor = skip if match and match[2] == "skip" else branch',
           'tensor = branch if match and match[2] == "skip" else skip',
@@ -378,10 +377,10 @@ FAULTS = [
           "tests/test_images.py -k every_kind"),
     Fault("redraw in the folder of the work", "vitprobe/redraw.py",
           "out = args.out or file.parent", 'out = args.out or Path(".")',
-          f"{KINDS} -k redraw"),
+          f"{ELSEWHERE} -k redraw"),
     Fault("--layers of the listing not used", "vitprobe/listing.py",
           "chosen = found.choose(args.layers)", 'chosen = found.choose("all")',
-          f"{KINDS} -k listing"),
+          f"{ELSEWHERE} -k listing"),
 ]  # fmt: skip
 
 

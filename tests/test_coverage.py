@@ -119,20 +119,20 @@ def resnet50():
     return torchvision.models.resnet50(), [], 16
 
 
-def vit_b_16():
-    return torchvision.models.vit_b_16(image_size=32), 12 * [12], 24
+def vit():
+    return torchvision.models.VisionTransformer(32, 16, 3, 4, 48, 96), 3 * [4], 6
 
 
-def swin_t():
-    return torchvision.models.swin_t(), 2 * [3] + 2 * [6] + 6 * [12] + 2 * [24], 24
+def swin():
+    module = torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [7, 7])
+    return module, 2 * [2] + 2 * [4], 8
 
 
-@pytest.mark.parametrize("build", [resnet50, vit_b_16, swin_t])
+@pytest.mark.parametrize("build", [resnet50, vit, swin])
 def test_modules_of_torchvision(build):
     module, heads, additions = build()
     model = vitprobe.wrap(module.eval(), name="theirs")
-    # At 32 px the Swin's last map is one location that holds the whole image: no place in it.
-    side = 64 if build is swin_t else 32
+    side = 64 if build is swin else 32
     images = torch.randn(4, 3, side, side)
     assert len(record(model.module, images[:1]).additions) == additions
     assert [la.heads for la in map_attention("theirs", model.module, images[:2]).layers] == heads

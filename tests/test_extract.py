@@ -91,8 +91,7 @@ COMMAND += ["--dtype", "float32"]
 def test_a_killed_run_resumes_in_two_processes(tmp_path):
     # Another number of threads may change float32's last digits: one each, everywhere.
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "vitprobe.extract", *COMMAND, "--out", str(tmp_path / "whole")]
-    assert subprocess.run(run, env=one_thread).returncode == 0
+    assert extract.main([*COMMAND, "--out", str(tmp_path / "whole")]) == 0
     code = (
         "import os, sys; from vitprobe import extract; real, seen = extract.read, []\n"
         "def read(*a):\n    seen.append(1)\n"

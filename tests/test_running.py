@@ -1,6 +1,7 @@
 """The batch loop: broken images, resume after a kill, interrupts, several processes."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -244,7 +245,13 @@ if int(os.environ.get("RANK", 0)) == 0:
 """
 
 
-def test_killed_at_any_moment_and_resumed_the_numbers_are_the_same(tmp_path):
+def run_here(script, out, monkeypatch):
+    """The script undisturbed, in this process."""
+    monkeypatch.setattr(sys, "argv", [str(script), str(out), "0"])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_killed_at_any_moment_and_resumed_the_numbers_are_the_same(tmp_path, monkeypatch):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     out = tmp_path / "out"
@@ -254,34 +261,34 @@ def test_killed_at_any_moment_and_resumed_the_numbers_are_the_same(tmp_path):
         deadline = time.monotonic() + 60
         # Let it get a different way each time, then kill it without warning.
         while process.poll() is None and time.monotonic() < deadline:
-            if list(out.glob("*.partial")) and attempt < 3:
-                time.sleep(0.11 * (attempt + 1))
+            if list(out.glob("*.partial")) and attempt < 2:
+                time.sleep(0.17 * (attempt + 1))
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
             time.sleep(0.02)
         if process.wait() == 0:
             break
-    assert kills == 3 and process.returncode == 0
+    assert kills == 2 and process.returncode == 0
     whole = tmp_path / "whole"
-    subprocess.run([sys.executable, str(script), str(whole), "0"], check=True)
+    run_here(script, whole, monkeypatch)
     with np.load(out / "result.npz") as a, np.load(whole / "result.npz") as b:
         np.testing.assert_allclose(a["cka"], b["cka"], rtol=0, atol=1e-9)
         np.testing.assert_allclose(a["cka_se"], b["cka_se"], rtol=0, atol=1e-9)
     assert not list(out.glob("*.partial"))
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_two_processes_agree_with_one(tmp_path, monkeypatch):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for count in (1, 2):
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone",
-             f"--nproc-per-node={count}", str(script), str(tmp_path / str(count)), "0"],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    run_here(script, tmp_path / "1", monkeypatch)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(script), str(tmp_path / "2"), "0"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "1" / "result.npz") as a, np.load(tmp_path / "2" / "result.npz") as b:
         np.testing.assert_allclose(a["cka"], b["cka"], rtol=0, atol=1e-9)
         np.testing.assert_allclose(a["cka_se"], b["cka_se"], rtol=0, atol=1e-9)

@@ -10,6 +10,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import vitprobe
@@ -55,7 +56,16 @@ def first_line(source: str) -> str:
 def _entries() -> Iterator[Entry]:
     for folder in vitprobe.__path__:
         for path in sorted(Path(folder).glob("*.py")):
-            source = path.read_text(encoding="utf-8")
-            if _RESULT.search(source):
-                group = _GROUP.search(source)
-                yield Entry(path.stem, group[1] if group else "tokens", first_line(source))
+            entry = _entry(path, path.stat().st_mtime_ns)
+            if entry is not None:
+                yield entry
+
+
+@cache
+def _entry(path: Path, changed: int) -> Entry | None:
+    """What a module says, read once; None where it is no measurement."""
+    source = path.read_text(encoding="utf-8")
+    if not _RESULT.search(source):
+        return None
+    group = _GROUP.search(source)
+    return Entry(path.stem, group[1] if group else "tokens", first_line(source))
