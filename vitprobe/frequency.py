@@ -303,7 +303,6 @@ class _Watch(Watch):
         variance, variance_se = mean_and_error(self.sums, "variance")
         step_delta, step_delta_se = mean_and_error(self.sums, "step_delta")
         step_variance, step_variance_se = mean_and_error(self.sums, "step_variance")
-        grids = [(places.rows, places.columns) for mine in self.grids for places in mine]
         return FrequencyResult(
             meta,
             delta=delta,
@@ -312,7 +311,7 @@ class _Watch(Watch):
             variance=variance,
             variance_se=variance_se,
             kind=np.array([point.kind for mine in self.points for point in mine], dtype="U11"),
-            grid=np.array(grids),
+            grid=np.array([(one.rows, one.columns) for mine in self.grids for one in mine]),
             zeros=self.sums["zeros"].cpu().numpy().astype(np.int64),
             step_delta=step_delta,
             step_delta_se=step_delta_se,
