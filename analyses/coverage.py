@@ -2,6 +2,7 @@
 
     python analyses/coverage.py
     python analyses/coverage.py --modules swin_transformer resnet --out some
+    python analyses/coverage.py --counts      # layers, blocks, additions, features anew; minutes
     python analyses/coverage.py --beyond      # networks of other libraries (extra interop)
 
 Each module's smallest model by parameters, with random weights and at the smallest side that it
@@ -58,7 +59,8 @@ from vitprobe.images.sources import open_images
 from vitprobe.models.loading import Model, load_model, wrap
 from vitprobe.running.precision import input_type
 from vitprobe.tracing.attention import map_attention
-from vitprobe.tracing.layers import map_layers
+from vitprobe.tracing.layers import LayerMap, map_layers
+from vitprobe.tracing.residuals import path
 
 SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 IMAGES, BATCH = 8, 4
@@ -140,8 +142,10 @@ and test_resnet beside it, or a model without attention beside test_vit."""
 LABEL = re.compile(r"(?<=\()[\w.:]+: ")
 COUNTS = (
     "layers", "blocks", "additions", "identity", "view", "projection", "attention_layers",
-    "heads", "left_out",
+    "heads", "left_out", "features", "features_elsewhere",
 )  # fmt: skip
+FEATURES = """timm's models say which tensors `features_only` gives. Most of them are blocks; of the
+others it is said what the pass does between the newest block that they are made of and them."""
 COLUMNS = ("module", "model", "parameters", "side", *COUNTS, *MEASUREMENTS, "seconds")
 COLUMNS_BEYOND = (*COLUMNS[:-1], *LATER, "seconds")
 BEYOND = f"""Networks of other libraries, most of them small ones of their classes, and timm's
@@ -194,7 +198,47 @@ def counts(model: Model, images: torch.Tensor) -> Row:
     found["attention_layers"] = len(attention.layers)
     found["heads"] = " ".join(f"{number}x{count}" for count, number in heads.items())
     found["left_out"] = "; ".join(f"{number} {reason}" for reason, number in reasons.items())
+    number, elsewhere = features(layers)
+    found["features"] = f"{number - len(elsewhere)} of {number}"
+    found["features_elsewhere"] = "; ".join(f"{name} ({what})" for name, what in elsewhere)
     return found
+
+
+def features(layers: LayerMap) -> tuple[int, list[tuple[str, str]]]:
+    """How many tensors ``feature_info`` lists, and those that are no blocks, with what they are."""
+    trace, blocks = layers.trace, layers.choose("blocks")
+    info = getattr(layers.modules[""], "feature_info", None) or []
+    names = [one["module"] for one in (info.get_dicts() if hasattr(info, "get_dicts") else info)]
+    calls = {call.name: call for call in trace.calls}
+    nodes = {(call.name, suffix): one.node for call in trace.calls for suffix, one in call.outputs}
+    ends = [
+        block.addition.node if block.addition else nodes[block.module, block.suffix]
+        for block in blocks
+    ]
+    elsewhere = []
+    for name in names:
+        outputs = [one for _, one in calls[name].outputs] if name in calls else []
+        mine = next((one.node for one in outputs if one.node is not None), None)
+        if {one.identity for one in outputs} & {block.identity for block in blocks}:
+            continue
+        if mine is None:
+            elsewhere.append((name, "a list of modules, not called itself"))
+            continue
+        end = max((n for n in ends if n is not None and trace.nodes[mine].ancestors >> n & 1),
+                  default=None)  # fmt: skip
+        way = None if end is None else path(trace.nodes[mine], trace.nodes[end], trace.nodes)
+        if way is None:
+            what = "the stem, before the first block"
+        elif any(name.startswith(f"{block.module}.") for block in blocks if block.module):
+            what = "within a block"
+        elif way.depth:
+            what = "weights behind a block: a transition, a fusion, a final convolution"
+        elif way.work:
+            what = "a normalisation or pooling behind a block"
+        else:
+            what = "a block rearranged, concatenated, or behind an activation"
+        elsewhere.append((name, what))
+    return len(names), elsewhere
 
 
 def outcome(work: Callable[[], Any]) -> str:
@@ -318,6 +362,43 @@ def reasons(
     return [f"- {line} ({len(who)}: {', '.join(who)})" for line, who in sorted(found.items())]
 
 
+def feature_reasons(rows: list[Row]) -> list[str]:
+    """How many tensors of ``feature_info`` are blocks, and a line for each other kind."""
+    counted = [row["features"].split(" of ") for row in rows if row.get("features")]
+    listed = [(int(among), int(number)) for among, number in counted if number != "0"]
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for one in (row.get("features_elsewhere") or "").split("; "):
+            name, _, what = one.rstrip(")").partition(" (")
+            if what:
+                found.setdefault(what, []).append(f"{row['module']}: {name}")
+    if not listed:
+        return []
+    among, number = (sum(one) for one in zip(*listed))
+    whole = sum(a == n for a, n in listed)
+    first = f"- the output of a block: {among} of {number} tensors; all of those of {whole} of "
+    lines = [f"- {what} ({len(who)}: {', '.join(who)})" for what, who in sorted(found.items())]
+    return [f"{first}{len(listed)} models", *lines]
+
+
+def count_again(out: Path) -> None:
+    """The columns of counts anew, in this process; the others stay as they are."""
+    table_of_timm = out / "coverage.csv"
+    rows = read(table_of_timm)
+    for row in rows:
+        if not row["side"]:
+            continue
+        side = int(row["side"])
+        model = load_model(f"{row['model']}@random", side)
+        images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+        try:
+            row.update(counts(model, images))
+        except VitprobeError as error:
+            row.update(dict.fromkeys(COUNTS, ""), left_out=str(error))
+        print(row["module"], *(row[name] for name in COUNTS[:3]), row["features"], flush=True)
+        write(table_of_timm, COLUMNS, rows)
+
+
 def totals(rows: list[Row], measurements: Iterable[str]) -> str:
     """How many of the rows have each status."""
     head = ["", *(name.replace("_", " ") for name in measurements)]
@@ -363,6 +444,9 @@ def markdown(rows: list[Row], theirs: list[Row]) -> str:
         "The line that the user sees, and for how many of the models.",
         "\n".join(reasons(rows, ABSENT)),
     ]
+    lines = feature_reasons(rows)
+    if lines:
+        parts += ["## Tensors of feature_info", FEATURES, "\n".join(lines)]
     if theirs:
         both = [*MEASUREMENTS, *LATER]
         parts += [
@@ -395,7 +479,12 @@ def main() -> None:
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="of timm; all by default")
     parser.add_argument("--beyond", action="store_true", help="networks of other libraries")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "figures")
+    parser.add_argument("--counts", action="store_true", help="only the counts of coverage.csv")
     args = parser.parse_args()
+    if args.counts:
+        count_again(args.out)
+        finish(args.out)
+        return
     if args.beyond:
         stem, work, columns = "coverage_beyond", row_beyond, COLUMNS_BEYOND
         wanted = [": ".join(key) for key, one in networks().items() if one.is_there]
@@ -423,9 +512,14 @@ def main() -> None:
     if not args.beyond:
         rows.sort(key=lambda row: row["module"])
     write(args.out / f"{stem}.csv", columns, rows)
-    timms, theirs = (read(args.out / f"{one}.csv") for one in ("coverage", "coverage_beyond"))
-    (args.out / "coverage.md").write_text(markdown(timms, theirs))
+    finish(args.out)
     partial.unlink(missing_ok=True)
+
+
+def finish(out: Path) -> None:
+    """The page of both tables."""
+    timms, theirs = (read(out / f"{one}.csv") for one in ("coverage", "coverage_beyond"))
+    (out / "coverage.md").write_text(markdown(timms, theirs))
 
 
 if __name__ == "__main__":
