@@ -17,6 +17,7 @@ from torch import nn
 import vitprobe
 from vitprobe import attention_distance, cka, receptive_field, skip_ratio
 from vitprobe.tracing.attention import map_attention
+from vitprobe.tracing.layers import map_layers
 from vitprobe.tracing.trace import record
 
 SCRIPT = Path(__file__).parents[1] / "analyses" / "coverage.py"
@@ -235,6 +236,38 @@ def test_a_run_goes_on_and_writes_what_was_found(table, tmp_path, monkeypatch):
     assert "| yes | 1 | 2 | 2 | 1 |" in text
     assert "- attention_rollout: Error: it broke (1: one)" in text
     assert "- cka: MODEL has no map. (1: two)" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "elsewhere"),
+    [
+        ("test_vit", 32, []),
+        ("test_resnet", 64, [("act1", "the stem, before the first block")]),
+        # A cross stage joins its blocks' output with the other half of the channels.
+        (
+            "cspresnet50",
+            64,
+            [("stem.conv1", "the stem, before the first block")]
+            + [(f"stages.{i}", "weights behind a block: a transition, a fusion, a final "
+                "convolution") for i in range(4)],
+        ),
+    ],
+)  # fmt: skip
+def test_tensors_of_feature_info_are_blocks_or_it_is_said_what_they_are(
+    table, name, side, elsewhere
+):
+    model = timm.create_model(name, **({"img_size": side} if name == "test_vit" else {}))
+    layers = map_layers(name, model.eval(), torch.randn(2, 3, side, side))
+    number, found = table.features(layers)
+    assert number == len(model.feature_info) and found == elsewhere
+
+
+def test_a_network_that_cannot_be_watched_has_its_line_in_the_table_of_others(table):
+    row = table.row_beyond("torch: test_vit, torch.jit.trace")
+    assert {table.status(row, m) for m in (*table.MEASUREMENTS, *table.LATER)} == {table.NO}
+    text = table.markdown([], [row])
+    assert "## Beyond timm" in text
+    assert "is TorchScript, which runs where its layers cannot be watched" in text
 
 
 def test_a_model_that_breaks_is_a_no_with_its_reason(table):
