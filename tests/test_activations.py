@@ -1,16 +1,19 @@
 """Activations in the open: what hand-written passes and timm's own functions give."""
 
+import re
+
 import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import vitprobe
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.models.loading import wrap
+from vitprobe.tracing.layers import map_layers
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,41 @@ def test_a_torchvision_network_gives_what_its_feature_extractor_does(images):
     torch.testing.assert_close(seen["layer2.1"], theirs["layer2.1"])
     assert float(seen["layer2.1 sum"].min()) < 0
     torch.testing.assert_close(seen["layer2.1 sum"].relu(), theirs["layer2.1"])
+
+
+def small_torchvision():
+    torch.manual_seed(0)
+    vision = torchvision.models
+    yield "resnet18", vision.resnet18(weights=None)
+    yield "mobilenet", vision.mobilenet_v3_small(weights=None)
+    yield "vit", vision.VisionTransformer(32, 8, 2, 2, 16, 32)
+    yield "swin", vision.SwinTransformer([4, 4], 16, [2, 2], [2, 2], [2, 2])
+
+
+@pytest.mark.parametrize(("name", "net"), list(small_torchvision()), ids=lambda one: str(one)[:9])
+def test_every_module_of_torchvision_gives_what_its_feature_extractor_does(name, net, images):
+    """But those that an in-place operation overwrites before the extractor gives them."""
+    net = net.eval()
+    found = map_layers(name, net, images[:2])
+    names = [la.module for la in found.choose("all") if la.label == la.module and la.axis == 0
+             and la.fold == 1]  # fmt: skip
+    with vitprobe.capture(net, names, example=images) as seen, torch.no_grad():
+        net(images)
+    nodes = set(get_graph_node_names(net)[1])
+    # What a class of attention does within stays one node of the extractor.
+    names = [one for one in names if any(f"{node}.".startswith(f"{one}.") for node in nodes)]
+    # It takes the number off the end of a module's name and numbers anew: its ln_1 is ln_2.
+    names = [one for one in names if not re.search(r"ln_\d$", one)]
+    with torch.no_grad():
+        theirs = create_feature_extractor(net, names)(images)
+    unlike = [one for one in names if not torch.equal(seen[one], theirs[one])]
+    assert len(names) > 5
+    for one in unlike:
+        # It holds what came of it.
+        assert isinstance(found.modules[one], nn.BatchNorm2d | nn.Conv2d | nn.Linear), one
+        overwritten = [act(seen[one]) for act in (nn.ReLU(), nn.Hardswish(), nn.Hardsigmoid())]
+        assert any(torch.equal(theirs[one], after) for after in overwritten), one
+    assert not unlike or name in ("resnet18", "mobilenet")
 
 
 def test_a_sum_is_its_skip_and_its_branch(vit, images):
