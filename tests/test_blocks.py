@@ -358,6 +358,11 @@ MAPS = {
         nn.Sequential(stem(), Separable(8, 8), Mobile(8, 8, 1), Mobile(8, 8, 1), head(8)),
         ["1", "2", "3"],
     ),
+    "strided ones elsewhere, a head of their class": (
+        nn.Sequential(stem(), nn.Sequential(Mobile(8, 8, 1), Mobile(8, 8, 1)), Mobile(8, 16, 2),
+                      nn.Sequential(Mobile(16, 16, 1)), Mobile(16, 24, 2), head(24)),
+        ["1.0", "1.1", "2", "3.0"],
+    ),
     "depthwise, no skip": (
         nn.Sequential(stem(), nn.BatchNorm2d(8), *(Separable(8, 8) for _ in range(4)), head(8)),
         ["2", "3", "4", "5"],

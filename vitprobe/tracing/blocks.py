@@ -8,9 +8,9 @@ the pass, not from names:
 - Of units within one another, the outer one is the block if the inner ones are parts of it (a
   position encoding, a sublayer that adds for itself), and none if they are a row of their own (a
   skip over a whole stage).
-- What has no skip is a block as well if it is of the same class as blocks are and weights follow
-  weights in it, or if it stands in a row with them and weights follow weights in it: a strided
-  block, but not a stem, a norm or a single convolution.
+- What has no skip is a block as well if weights follow weights in it and it is of the same class
+  as blocks that come after it, or stands in a row with blocks: a strided block, but not a stem, a
+  norm, a single convolution or a head.
 
 A network without any residual addition has the repeated units of ``tracing.series``.
 """
@@ -304,7 +304,11 @@ def _same_row(blocks: list[Call], units: list[_Unit], trace: Trace) -> list[Call
     row = []
     for call in trace.calls:
         place = pattern(call.name)
-        alike = call.type_name in kinds and depth(call, trace.nodes) > 1
+        alike = (
+            call.type_name in kinds
+            and depth(call, trace.nodes) > 1
+            and any(follow([call, block], trace.nodes) for block in blocks)
+        )
         if not call.name or not (alike or place in classes) or (call.name, call.index) in known:
             continue
         if any(contains(unit.call, call) for unit in units):
