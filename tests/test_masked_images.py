@@ -243,3 +243,26 @@ def test_a_masked_stage_is_for_a_vit_with_random_weights(family, capsys, other):
     with pytest.raises(SystemExit):
         family.parse(["net", "--pretrain", "masked", *other])
     assert "--pretrain is for a ViT that begins with random weights" in capsys.readouterr().err
+
+
+def test_curves_are_of_both_stages_and_what_was_not_trained_anew_keeps_its_own(
+    masked_images, tmp_path
+):
+    import training_curves
+
+    stem, runs = tmp_path / "curves", tmp_path / "runs"
+    np.savez(stem.with_suffix(".npz"), old=np.ones((2, 3)), new=np.zeros((5, 3)))
+    (runs / "new").mkdir(parents=True)
+    entry = {"pictures_seen": 64, "loss": 2.5, "test_accuracy": 0.25, "minutes": 1.0}
+    masked = {"pictures_seen": 128, "loss": 0.75, "test_loss": 0.5, "minutes": 1.0}
+    (runs / "new" / "log.jsonl").write_text(json.dumps(entry) + "\n")
+    (runs / "new" / "masked.jsonl").write_text(json.dumps(masked) + "\n")
+    training_curves.main([str(runs)], stem)
+    curves = dict(np.load(stem.with_suffix(".npz")))
+    assert {name: curve.tolist() for name, curve in curves.items()} == {
+        "old": [[1, 1, 1]] * 2,
+        "new": [[64, 2.5, 0.25]],
+        "new_masked": [[128, 0.75, 0.5]],
+    }
+    assert [len(one.lines) for one in training_curves.draw(curves).axes] == [2, 2, 3]
+    assert stem.with_suffix(".png").stat().st_size > 1000
