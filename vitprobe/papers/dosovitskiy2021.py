@@ -28,7 +28,7 @@ def patch_embedding(result: Any) -> list[Finding]:
         value = float(np.mean([smoothness(tile) for tile in tiles]))
         numbers = (
             f"correlation of neighbouring weights, mean of the first {len(tiles)} components: "
-            f"{value:.3f} (0 for white noise; threshold > {SMOOTH})"
+            f"{value:.3f} (0 for white noise, threshold > {SMOOTH})"
         )
         name, source = about["name"], "Dosovitskiy et al. 2021, Fig. 7 left"
         if about["weights"].startswith("random"):
@@ -77,7 +77,7 @@ def position_embedding(result: Any) -> list[Finding]:
                 "Dosovitskiy et al. 2021, Fig. 7 centre",
                 decide(-rho[0], MORE * rho[1], NEARER),
                 f"Spearman correlation of similarity with distance {plus_minus(*rho)} (threshold "
-                f"< -{NEARER}; error: without structure)",
+                f"< -{NEARER}, error: without structure)",
                 "nearer patches more alike",
                 models=[names[about["model"]]],
             )
@@ -89,7 +89,7 @@ def position_embedding(result: Any) -> list[Finding]:
                 "Dosovitskiy et al. 2021, Fig. 7 centre",
                 decide(axial[0], MORE * axial[1], AXIAL),
                 f"mean difference of similarity at equal distance {plus_minus(*axial)} (threshold "
-                f"> {AXIAL}; error: without structure)",
+                f"> {AXIAL}, error: without structure)",
                 "rows and columns more alike",
                 models=[names[about["model"]]],
             )
