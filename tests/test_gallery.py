@@ -206,9 +206,11 @@ def test_the_index_page_says_what_the_committed_numbers_say(gallery, tmp_path):
         shutil.copy(file, target)
     page = gallery.gallery_index.write(tmp_path, SCRIPTS).read_text(encoding="utf-8")
     assert page == (FIGURES / "README.md").read_text(encoding="utf-8")
-    for file in FIGURES.glob("raghu_fig0*.npz"):
+    for file in FIGURES.glob("*_fig0*.npz"):
         for one in load_result(file).findings():
             assert not one.over or f"over {one.over}: {one.numbers}." in page
+            # Numbers are shown in parts, which no parenthesis spans.
+            assert all(part.count("(") == part.count(")") for part in one.numbers.split("; "))
 
 
 @pytest.mark.parametrize("file", sorted(FIGURES.glob("**/*.png")), ids=lambda file: file.stem)
