@@ -297,3 +297,18 @@ def test_an_archive_that_unfolds_beyond_the_memory_is_not_unfolded(tmp_path, mon
     monkeypatch.setattr(arrays, "_memory", lambda: 10**6)
     with pytest.raises(VitprobeError, match="more than the memory here"):
         open_images(tmp_path / "x.npz")
+
+
+def test_names_that_no_file_can_have_and_lengths_that_are_none_are_one_line():
+    class Halves(list):
+        def __len__(self):
+            return -1
+
+    for source, message in [
+        ("~nobody of that name/x", "no such file or folder"),
+        ("x" * 5000, "no such file or folder"),
+        (Halves([1, 2]), "How many images a Halves holds is not clear"),
+    ]:
+        with pytest.raises(VitprobeError, match=message) as caught:
+            open_images(source)
+        assert len(str(caught.value)) < 400

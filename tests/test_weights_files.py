@@ -171,6 +171,7 @@ def test_what_cannot_be_a_weights_file_says_so():
     refused("test_vit@pipe.pth", r"'pipe\.pth' is not a regular file")
     refused("test_vit@/dev/null", "'/dev/null' is not a regular file")
     refused(f"test_vit@{'x' * 300}", "cannot be read: File name too long")
+    refused("test_vit@~nobody of that name/w.pth", "no such weights file")
     torch.save(STATE, "w.pth", pickle_protocol=4)
     refused("test_vit@w.pth", r"pickle protocol 2 only: save the file again with torch\.save")
     torch.save(STATE, "w.safetensors")

@@ -42,7 +42,11 @@ class ItemSource:
 
     def __init__(self, items: Any, what: str) -> None:
         self.items, self.what = items, what
-        if not len(items):
+        try:
+            count = len(items)
+        except (TypeError, ValueError) as error:
+            raise VitprobeError(f"How many images {what} holds is not clear: {error}.") from error
+        if not count:
             raise VitprobeError(f"There are no images in {what}.")
         try:
             self.tensors = isinstance(image_of(items[0]), Tensor)

@@ -8,6 +8,7 @@ replacement also from folders that are sorted by class (Raghu et al. 2021, secti
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -148,7 +149,7 @@ def open_images(
     elif str(source).startswith(TIMM_PREFIXES + STREAM_PREFIXES):
         images = _from_timm(str(source))
     else:
-        images = _from_path(Path(source).expanduser(), option)
+        images = _from_path(Path(os.path.expanduser(source)), option)
     available = len(images)
     if num_images is not None and num_images < 1:
         raise VitprobeError(f"--num-images must be at least 1, not {num_images}.")
@@ -245,10 +246,11 @@ def _from_loader(loader: torch.utils.data.DataLoader) -> Images:
 
 
 def _from_path(path: Path, option: str) -> Images:
-    if not path.exists():
+    # A name that no system can have is none either.
+    if not os.path.exists(path):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise VitprobeError(
-            f"{option}: no such file or folder: {str(path)!r}.{nearest(path.name, siblings)}"
+            f"{option}: no such file or folder: {str(path)[:200]!r}.{nearest(path.name, siblings)}"
         )
     if path.is_dir():
         return _from_folder(path)

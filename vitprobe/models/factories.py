@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def from_factory(spec: str, seed: int) -> Model:
     model = made if isinstance(made, Model) else wrap(made)
     details: dict[str, Any] = dict(model.details)
     if where.endswith(".py"):
-        path = Path(where).expanduser()
+        path = Path(os.path.expanduser(where))
         details |= {"file": path.name, "file_sha256": file_sha256(path)}
     model.module.eval()
     return replace(model, name=label(spec), origin=f"made by {_shown(spec)}", details=details)
@@ -63,7 +64,7 @@ def _imported(spec: str, where: str) -> Any:
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)
-        path = Path(where).expanduser()
+        path = Path(os.path.expanduser(where))
         if not path.is_file():
             raise VitprobeError(f"--models: no such file: {where!r}.")
         found = importlib.util.spec_from_file_location(path.stem, path)
@@ -106,7 +107,7 @@ def _shown(spec: str) -> str:
 @contextmanager
 def _beside(where: str) -> Iterator[None]:
     """Modules beside the file, or in the working folder, are found as Python would find them."""
-    folder = Path(where).expanduser().parent if where.endswith(".py") else Path()
+    folder = Path(os.path.expanduser(where)).parent if where.endswith(".py") else Path()
     sys.path.insert(0, str(folder.resolve()))
     try:
         yield

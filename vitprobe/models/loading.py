@@ -6,6 +6,7 @@ bundled model, or any timm name. One's own code is ``package.module:factory`` or
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,12 +81,12 @@ def _load(spec: str, image_size: int | None, seed: int) -> Model:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return create(spec, called, timm_name, image_size, f"random (seed {seed})")
-    return from_file(spec, called, timm_name, image_size, Path(weights).expanduser())
+    return from_file(spec, called, timm_name, image_size, Path(os.path.expanduser(weights)))
 
 
 def _of_folder(spec: str, called: str, image_size: int | None) -> Model:
     """``local-dir:FOLDER``: the architecture, its options and transform are in its config.json."""
-    folder = Path(spec.partition(":")[2]).expanduser()
+    folder = Path(os.path.expanduser(spec.partition(":")[2]))
     contents_config = folder / "config.json"
     if not contents_config.is_file():
         raise VitprobeError(
@@ -176,7 +177,7 @@ def _bundled(spec: str, name: str, weights: str, image_size: int | None, seed: i
         return replace(base, name=label(spec), origin=f"random (seed {seed})")
     if not weights:
         return replace(base, origin=_trained(card), details={"card": card})
-    contents = read(Path(weights).expanduser())
+    contents = read(Path(os.path.expanduser(weights)))
     fitted = fit(spec, contents, plain_reference(module))
     put(spec, module, fitted)
     details = {**contents.details(), **fitted.details()}

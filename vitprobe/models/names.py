@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -73,7 +74,9 @@ def label(spec: str) -> str:
     """
     if spec.startswith(REMOTE_PREFIXES):
         source, _, place = spec.partition(":")
-        return _own(Path(place).expanduser().resolve().name) if source == "local-dir" else place
+        return (
+            _own(Path(os.path.expanduser(place)).resolve().name) if source == "local-dir" else place
+        )
     where, factory = factory_parts(spec)
     if factory:
         return f"{where.removesuffix('.py').replace('/', '.').rpartition('.')[2]}:{factory}"
