@@ -383,3 +383,28 @@ def test_command(tmp_path, capsys):
     assert position_embedding.main(arguments) == 0
     assert "position_embedding-test_vit-random.npz" in capsys.readouterr().out
     assert position_embedding.main([*arguments[:3], "0", "6", "--out", str(tmp_path)]) == 2
+
+
+class GlobalQueries(nn.Module):
+    """Queries pooled from the whole map, for the keys of each window of 2 × 2, with a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.pool = nn.Conv2d(3, 4, 4, 4), nn.AvgPool2d(2)
+        self.table = nn.Parameter(torch.randn(9))
+        y, x = np.divmod(np.arange(4), 2)
+        self.index = (y[None] - y[:, None] + 1) * 3 + x[None] - x[:, None] + 1
+
+    def forward(self, x):
+        x = self.patch(x)
+        n, c, h, w = x.shape
+        query = self.pool(x).flatten(2).mT[:, None].expand(-1, 4, -1, -1).flatten(0, 1)
+        keys = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, c)
+        return (query @ keys.mT + self.table[self.index]).softmax(-1) @ keys
+
+
+def test_biases_of_queries_for_the_whole_image_are_by_the_offset_on_the_grid():
+    torch.manual_seed(0)
+    net = GlobalQueries().eval()
+    ((_, found),) = find_positions(net, torch.randn(1, 3, 16, 16)).biases
+    np.testing.assert_allclose(found[0], net.table.detach().reshape(3, 3), atol=1e-6)

@@ -297,7 +297,7 @@ def _without_repetition(tensor: Tensor) -> Tensor:
 
 
 def _window(rows: Tensor, columns: Tensor) -> tuple[Tensor, np.ndarray] | None:
-    """A set of tokens that attend to one another and lie side by side.
+    """A set of tokens that attend to one another, or queries to as many keys, on one grid.
 
     Args:
         rows: (windows and heads, queries) places.
@@ -314,8 +314,9 @@ def _window(rows: Tensor, columns: Tensor) -> tuple[Tensor, np.ndarray] | None:
         seen.setdefault(query.tobytes() + (key + 0.0).tobytes(), []).append(i)
     for leading in seen.values():
         query, key = rows[leading[0]].numpy(), columns[leading[0]].numpy()
-        order = order_of(query) if np.allclose(query, key, equal_nan=True) else None
-        if order is None:
+        order, others = order_of(query), order_of(key)
+        # Queries that stand for the whole image (GCViT's) have the same grid as a window's keys.
+        if order is None or others is None or not np.array_equal(order, others):
             continue
         # A shift puts windows together from opposite borders: those of one side count.
         order = order[_even(query[order[:, 0]].imag)][:, _even(query[order[0]].real)]
