@@ -23,7 +23,8 @@ import torch
 from benchmarking import table
 from real_weights import CIFAR, CNN, SPECS, VIT, workplace
 
-from vitprobe import linear_probe, load_models, measure_all, receptive_field
+from vitprobe import linear_probe, measure_all, receptive_field
+from vitprobe.models.loading import load_models
 from vitprobe.models.model import Model
 
 SIDE = 224

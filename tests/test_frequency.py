@@ -99,6 +99,18 @@ def test_constant_channels_are_left_out_and_counted():
     assert zeros.tolist() == [3, 3, 3] and not none.any()
 
 
+def test_channels_whose_mean_is_nothing_are_left_out_and_counted():
+    """There is nothing to compare their other amplitudes with."""
+    maps = torch.randn(3, 6, 8, 8) + 0.5
+    stripes = torch.ones(3, 1, 8, 8)
+    stripes[..., 1::2, :] = -1
+    stripes[..., ::4] *= 3
+    assert (stripes.sum((2, 3)) == 0).all()
+    delta, _, zeros = log_amplitudes(tokens(torch.cat([maps, stripes], 1)), 8, 8)
+    torch.testing.assert_close(delta, log_amplitudes(tokens(maps), 8, 8)[0])
+    assert delta.isfinite().all() and zeros.tolist() == [1, 1, 1]
+
+
 def test_moved_around_maps_stay_the_same_and_shuffled_ones_do_not():
     maps = torch.randn(2, 4, 8, 8).cumsum(2).cumsum(3)
     delta, variance, _ = log_amplitudes(tokens(maps), 8, 8)
