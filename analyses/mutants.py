@@ -285,7 +285,7 @@ FAULTS = [
           "adaptive_avg_pool2d(shown, size)[:, 0] > 0", f"{PARTS} -k scenes"),
     Fault("all images beside others", "vitprobe/patch_pca.py",
           "return replace(self, first=IMAGES), images, options",
-          "return self, images, options", "tests/test_measure_all.py -k patch_pca"),
+          "return self, images, options", f"{PARTS} -k beside_others"),
     Fault("sign of a component counts", "vitprobe/papers/oquab2023.py",
           "max(auc, 1 - auc)", "auc", f"{PARTS} -k scenes"),
     Fault("accuracy of the clean image throughout", "vitprobe/occlusion.py",

@@ -9,6 +9,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
+from vitprobe import measure_all
 from vitprobe.data.scenes import scenes
 from vitprobe.errors import VitprobeError
 from vitprobe.models.loading import wrap
@@ -160,6 +161,14 @@ def test_foreground_and_outliers_are_said(tmp_path):
     np.testing.assert_array_equal(ax.get_images()[0].get_array(), result.colours(0)[0])
     result.save(tmp_path / "x")
     load_result(tmp_path / "x.npz").to_csv(tmp_path / "x.csv")
+
+
+def test_beside_others_as_many_images_are_looked_at_as_alone():
+    images = torch.randn(20, 3, 32, 32)
+    alone = measure(wrap(vit(), "net"), images)
+    beside = measure_all(["patch_pca"], wrap(vit(), "net"), images)["patch_pca"]
+    assert len(alone.pictures) == len(beside.pictures) == beside.meta["n"] == 16
+    np.testing.assert_array_equal(alone.components, beside.components)
 
 
 def test_colours_are_not_those_of_one_patch_far_out():
