@@ -76,6 +76,8 @@ def test_every_real_folder_is_walked_once_and_only_files_are_read(tmp_path):
     (root / "b" / "c" / "up").symlink_to("../..")
     (root / "a").symlink_to("b")  # sorts before the folder itself, which keeps its name
     (root / "far").symlink_to(outside)
+    (root / "one").symlink_to("other")
+    (root / "other").symlink_to("one")
     (outside / "back").symlink_to(root)
     (root / "b" / "linked.png").symlink_to("0.png")
     (root / "b" / "nowhere.png").symlink_to("gone.png")

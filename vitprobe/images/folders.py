@@ -88,7 +88,7 @@ def image_files(root: Path) -> Found:
             if is_litter(entry.name):
                 continue
             name = inside + entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append((entry.path, f"{name}/"))
             elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
                 size, changed = _size(entry)
@@ -101,6 +101,14 @@ def image_files(root: Path) -> Found:
         result.changed.append(changed)
     result.unreadable.sort()
     return result
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # Links that lead to each other.
+        return False
 
 
 def _size(entry: os.DirEntry[str]) -> tuple[int | None, int]:
