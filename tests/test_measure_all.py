@@ -183,3 +183,10 @@ def test_wrong_names_and_options_are_one_line(images):
     with pytest.raises(VitprobeError, match=r"no option 'layer'.* layers"):
         measure_all(["cka"], models(), images, layer="blocks")
     assert passes.Results().missing == {}
+
+
+def test_batches_are_those_of_the_most_demanding():
+    """CKA needs four images in each; even batches of nine would have three."""
+    model = wrap(timm.create_model("test_vit", img_size=32).eval(), "net")
+    found = measure_all(["skip_ratio", "cka"], model, torch.randn(9, 3, 32, 32), batch_size=4)
+    assert found["cka"].meta["n"] == 8 and found["skip_ratio"].meta["n"] == 9
