@@ -191,7 +191,9 @@ def test_what_was_found_and_what_can_be_measured(vit):
 def test_a_module_without_a_transform_and_hooks_afterwards():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 5))
     table = vitprobe.layers(wrap(net, "net", input_size=(3, 32, 32)))
-    assert table.names == ["0", "1", "2", "3"] and net.training
+    # What the third puts out are the very values of the second.
+    assert table.names == ["0", "1", "3"] and net.training
+    assert [row["also"] for row in table] == [[], ["2"], ["output"]]
     assert "no residual additions" in table.measurements["skip_ratio"]
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
 
