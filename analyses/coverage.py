@@ -57,7 +57,7 @@ from vitprobe import (
 from vitprobe.errors import VitprobeError
 from vitprobe.images.sources import open_images
 from vitprobe.models.loading import Model, load_model, wrap
-from vitprobe.running.precision import input_type
+from vitprobe.models.precision import input_type
 from vitprobe.tracing.attention import map_attention
 from vitprobe.tracing.layers import LayerMap, map_layers
 from vitprobe.tracing.residuals import path
@@ -90,7 +90,8 @@ def options() -> dict[str, Any]:
 
 def beside(model: Model, images: torch.Tensor) -> Any:
     """Head subsets, of the model or, where it has no attention, of a ViT beside it."""
-    if map_attention(model.name, model.module, images[:2]).layers:
+    kind = input_type(model.module, images[:1])
+    if map_attention(model.name, model.module, images[:2].to(kind)).layers:
         pair = [model, "test_resnet@random"]
     else:
         side = images.shape[-1]

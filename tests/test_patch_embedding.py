@@ -233,3 +233,24 @@ def test_standardised_and_padded_convolutions_are_seen_as_they_are_used():
     resized = nn.Sequential(nn.Upsample(scale_factor=1.5, mode="bilinear"), nn.Conv2d(3, 8, 4, 4))
     _, filters = filters_of(resized, 3, 16, 16)
     torch.testing.assert_close(filters, resized[1].weight.detach().permute(0, 2, 3, 1))
+
+
+class InTwoTypes(nn.Module):
+    """Its first parameter is in float32, and the first layer that sees the image is not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(8, 3)
+        self.stem = nn.Conv2d(3, 8, 4, 4).bfloat16()
+
+    def forward(self, x):
+        return self.head(self.stem(x).float().mean((2, 3)))
+
+
+def test_the_image_has_the_type_that_the_first_layer_wants():
+    mixed = InTwoTypes().eval()
+    found = measure(wrap(mixed, "mixed", input_size=(3, 16, 16)))
+    mixed.stem.float()
+    whole = measure(wrap(mixed, "whole", input_size=(3, 16, 16)))
+    np.testing.assert_array_equal(found.components, whole.components)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitprobe.errors import NotApplicable
 from vitprobe.models.model import Model
+from vitprobe.models.precision import input_type
 
 # How modules and their configurations call the side of their images.
 _SAID = ("img_size", "image_size", "input_size", "input_resolution")
@@ -63,7 +64,8 @@ def _image(model: Model) -> Tensor:
 def _noise(module: nn.Module, size: tuple[int, ...]) -> Tensor:
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *size, generator=generator).to(like.device, like.dtype)
+    image = torch.randn(1, *size, generator=generator).to(like.device)
+    return image.to(input_type(module, image))
 
 
 def _sizes(module: nn.Module) -> Iterator[tuple[int, int, int]]:

@@ -22,13 +22,13 @@ from torch import Tensor
 from vitprobe.errors import VitprobeError
 from vitprobe.images.sources import Images, open_images
 from vitprobe.models.loading import Model, load_models
+from vitprobe.models.precision import input_type
 from vitprobe.results.provenance import models_meta, versions
 from vitprobe.running import memory, processes
 from vitprobe.running.devices import exact, prepared, resolve_device
 from vitprobe.running.layout import channels_last
 from vitprobe.running.loading import Failure, TransformedImages, batches
 from vitprobe.running.options import Options
-from vitprobe.running.precision import input_type
 from vitprobe.statistics.hsic import gram
 from vitprobe.tracing.attention_map import AttentionMap, map_attention
 from vitprobe.tracing.capture import capture
