@@ -322,7 +322,7 @@ FAULTS = [
           "return 2 if any(word in place for word in LAST) else 1", "return 1",
           "tests/test_checkpoints.py"),
     Fault("what a file lacks not told", "vitprobe/models/fitting.py",
-          "unset=tuple(trial.missing),", "unset=(),", "tests/test_checkpoints.py"),
+          "unset=tuple(trial.missing),", "unset=(),", "tests/test_weights_files.py"),
     Fault("merging of patches a stage too early", "vitprobe/models/foreign.py",
           'layers.{int(stage[1]) + 1}.downsample', 'layers.{int(stage[1])}.downsample',
           f"{SMALL} -k transformers"),
