@@ -28,7 +28,7 @@ from vitprobe.models.loading import load_models
 from vitprobe.models.model import Model
 
 SIDE = 224
-# Number, measurement, array, its error, whether differences are relative, digits.
+# Number, measurement, array, its error, whether differences are relative.
 ROWS = (
     ("CKA", "cka", "cka", "cka_se", False),
     ("attention distance, px", "attention_distance", "distance_px", "distance_se", False),

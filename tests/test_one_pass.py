@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from importlib import import_module
 
 import numpy as np
 import pytest
 import timm
 import torch
+from two_processes import results_of
 
 from vitprobe.models.loading import wrap
-from vitprobe.results.result import load_result
 from vitprobe.running.interrupts import Interrupted
 from vitprobe.running.loading import TransformedImages
 from vitprobe.running.options import Options
@@ -55,9 +52,13 @@ def check_same(one, other):
             np.testing.assert_array_equal(array, other.arrays()[name])
 
 
+def all_at_once():
+    return measure_each(measurements(), models(), images(), options())
+
+
 @pytest.fixture(scope="module")
 def together():
-    return measure_each(measurements(), models(), images(), options())
+    return all_at_once()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,21 +87,7 @@ def test_stopped_and_resumed_the_numbers_are_the_same(together, tmp_path, monkey
 
 
 def test_two_processes_give_the_numbers_of_one(together, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from test_one_pass import *\n"
-        "for name, result in measure_each(measurements(), models(), images(), options()).items():\n"
-        "    if os.environ['RANK'] == '0':\n"
-        "        result.save(os.path.join(sys.argv[1], name), ())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(script), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    results = results_of("test_one_pass", "all_at_once()", tmp_path)
+    assert set(results) == set(together)
     for name, result in together.items():
-        check_same(load_result(tmp_path / f"{name}.npz"), result)
+        check_same(results[name], result)

@@ -7,12 +7,8 @@ Probes have images of their own, and stand here.
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import by_hand as hand
 import numpy as np
@@ -20,11 +16,11 @@ import pytest
 import references  # noqa: F401  (fills REFERENCES)
 import torch
 from by_hand import ORDER, REFERENCES
+from two_processes import results_of
 
 from vitprobe import linear_probe, wrap
 from vitprobe.catalogue import measurements
 from vitprobe.images.sources import Images, TensorSource
-from vitprobe.results.result import load_result
 from vitprobe.running.interrupts import Interrupted
 from vitprobe.running.loading import TransformedImages
 from vitprobe.running.options import Options
@@ -106,22 +102,9 @@ def test_stopped_and_resumed(tmp_path, monkeypatch):
 
 
 def test_in_two_processes(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_references import all_at_once\n"
-        "for name, result in all_at_once().items():\n"
-        "    if os.environ['RANK'] == '0':\n"
-        "        result.save(os.path.join(sys.argv[1], name), ())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(script), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    check({name: load_result(tmp_path / f"{name}.npz") for name in REFERENCES})
+    results = results_of("test_references", "all_at_once()", tmp_path)
+    assert set(results) == set(REFERENCES)
+    check(results)
 
 
 def test_linear_probe():
