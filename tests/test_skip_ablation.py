@@ -149,7 +149,7 @@ def test_models_of_timm_and_several_at_once(name, tensors, tmp_path):
     again.plot(figure.add_subplot())
 
 
-def test_trained_without_compares_two_models(images):
+def test_trained_without_compares_given_models(images):
     torch.manual_seed(0)
     net = Net()
     models = [wrap(net, "with"), wrap(twin(net, (2,)), "without")]
@@ -167,8 +167,27 @@ def test_trained_without_compares_two_models(images):
         skip_ablation.measure(
             [models[0], wrap(twin(net, ()), "again")], images, trained_without="blocks.2"
         )
-    with pytest.raises(VitprobeError, match="takes two models"):
-        skip_ablation.measure(net, images, trained_without=2)
+    for few, blocks in ((net, 2), (models, [2, 1]), ([*models, models[0]], 2), (models, [])):
+        with pytest.raises(VitprobeError, match="takes a model with all skips, then one for each"):
+            skip_ablation.measure(few, images, trained_without=blocks)
+
+
+def test_several_models_trained_without_a_block_each(images):
+    torch.manual_seed(0)
+    net = Net()
+    models = [wrap(net, "with"), wrap(twin(net, (1,)), "early"), wrap(twin(net, (2,)), "middle")]
+    options = {"layers": "blocks", "trained_without": [1, "blocks.2"]}
+    result = skip_ablation.measure(models, images, **options)
+    assert result.block.tolist() == ["", "blocks.1", "blocks.2"]
+    for panel, model in ((1, models[1]), (2, models[2])):
+        alone = skip_ablation.measure(
+            [models[0], model], images, layers="blocks", trained_without=panel
+        )
+        np.testing.assert_array_equal(result.cka[panel], alone.cka[1])
+        np.testing.assert_array_equal(result.means[panel], alone.means[1])
+        assert result.findings()[panel - 1].models == [model.name]
+    with pytest.raises(VitprobeError, match=r"middle was not trained without .* blocks\.1"):
+        skip_ablation.measure(models, images, layers="blocks", trained_without=[1, 1])
 
 
 def test_errors(images):

@@ -7,7 +7,7 @@ the block (layers before it with layers from its output on) and within the two s
 layers of one side). The layers inside the block belong to neither side.
 
 Two experiments, labelled apart. The paper trains a network without the skips of one block:
-``trained_without`` compares two given models, trained with and without them. By default the skips
+``trained_without`` compares given models, trained with and without them. By default the skips
 of a trained network are taken away at test time instead, every residual addition of the block
 giving its branch alone; the network never learned to do without, so this is no reproduction of the
 figure. Standard errors by the jackknife over batches.
@@ -108,7 +108,7 @@ class SkipAblationResult(Result):
             rows = [np.flatnonzero(np.array(owners) == row) for row in np.unique(owners)]
             columns = max(len(row) for row in rows)
             figure = drawing.new_figure(3.1 * columns + 0.7, 3.5 * len(rows) + 0.5)
-            # Two given models may differ in their layers; panels of one model do not.
+            # Given models may differ in their layers; panels of one model do not.
             shared: Any = "none" if self.meta["trained_without"] else "row"
             axes = figure.subplots(len(rows), columns, squeeze=False, sharex=shared, sharey=shared)
             for line, row in zip(axes, rows):
@@ -202,9 +202,10 @@ class SkipAblation(Measurement):
     blocks: Sequence[str | int] | None = option(
         None, "names or indices of blocks that lose their skips", nargs="+", metavar="B"
     )
-    trained_without: str | int | None = option(
-        None, "the block whose skips the second of two models was trained without", metavar="B"
-    )
+    trained_without: str | int | Sequence[str | int] | None = option(
+        None, "blocks whose skips the models after the first were trained without, one each",
+        nargs="+", metavar="B",
+    )  # fmt: skip
 
     analysis: ClassVar[str] = "skip_ablation"
     at_least: ClassVar[int] = MIN_BATCH
@@ -313,45 +314,48 @@ def measure(
     *,
     layers: Choice = "paper",
     blocks: Sequence[str | int] | None = None,
-    trained_without: str | int | None = None,
+    trained_without: str | int | Sequence[str | int] | None = None,
     **options: Any,
 ) -> SkipAblationResult:
     """CKA between all layers, with and without the skips of chosen blocks.
 
     Args:
-        models: specs, modules or ``Model``; one or a list; two with ``trained_without``.
+        models: specs, modules or ``Model``; one or a list.
         images: see ``open_images``; the bundled digit scenes by default.
         layers: ``paper``, ``blocks``, ``all``, or names with wildcards.
         blocks: by name or index among the modules that make residual additions (0 is the first,
             -1 the last); about 1/12, 7/12 and 10/12 of the depth by default.
-        trained_without: the block, by name or index, whose skips the second of two models was
-            trained without. Nothing is removed then.
+        trained_without: blocks, by name or index, whose skips the models after the first were
+            trained without, one for each. Nothing is removed then.
         options: fields of ``running.session.Options``.
 
     Raises:
-        VitprobeError: unknown models, images, layers or blocks; a second model that has skips in
-            the block after all; fewer than 4 images; activations that are not finite.
+        VitprobeError: unknown models, images, layers or blocks; a model that has skips in its
+            block after all; fewer than 4 images; activations that are not finite.
     """
     asked = SkipAblation(layers, blocks, trained_without)
     return measure_one(asked, models, images, Options(**options))
 
 
 def _panels(
-    ready: Session, layers: Any, blocks: Sequence[str | int] | None, without: str | int | None
+    ready: Session, layers: Any, blocks: Sequence[str | int] | None, without: Any
 ) -> list[_Panel]:
     maps = [ready.layers(m) for m in range(len(ready.models))]
     intact = [_Panel(m, found, found.choose(layers)) for m, found in enumerate(maps)]
-    if without is not None:
-        if len(maps) != 2 or blocks is not None:
-            raise VitprobeError(
-                "--trained-without takes two models, trained with and without the skips of one "
-                "block, and no --blocks."
-            )
-        (block,) = choose_blocks(maps[0], [without])
-        if block not in maps[1].modules or block in block_names(maps[1]):
-            raise VitprobeError(f"{maps[1].model} was not trained without the skips of {block}.")
-        return [intact[0], _Panel(1, maps[1], intact[1].layers, block, 0)]
     panels: list[_Panel] = []
+    if without is not None:
+        lacking = [without] if isinstance(without, (str, int)) else list(without)
+        if blocks is not None or not 1 <= len(lacking) == len(maps) - 1:
+            raise VitprobeError(
+                "--trained-without takes a model with all skips, then one for each block that it "
+                "names, trained without that block's skips, and no --blocks."
+            )
+        for m, block in enumerate(choose_blocks(maps[0], [one])[0] for one in lacking):
+            found, name = maps[m + 1], maps[m + 1].model
+            if block not in found.modules or block in block_names(found):
+                raise VitprobeError(f"{name} was not trained without the skips of {block}.")
+            panels.append(_Panel(m + 1, found, intact[m + 1].layers, block, 0))
+        return [intact[0], *panels]
     for panel in intact:
         base = len(panels)
         panels.append(panel)
