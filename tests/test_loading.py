@@ -107,6 +107,68 @@ def test_an_error_in_a_transform_ends_the_run_and_is_no_broken_image(workers, tm
         measured(tmp_path, late, workers=workers)
 
 
+class Ends(BaseException):
+    """As test libraries have them."""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [(SystemExit(3), "SystemExit: 3"), (SystemExit(), "SystemExit"), (Ends("now"), "Ends: now")],
+)
+def test_a_transform_that_would_end_the_run_is_told_as_its_error(workers, raised, told, pictures):
+    def ends(image):
+        if image.getpixel((0, 0)) == last:
+            raise raised
+        return to_tensor(image)
+
+    last = Image.open(pictures / "cat" / "5.png").getpixel((0, 0))
+    with pytest.raises(VitprobeError, match=rf"transform of net raised {told} at cat/5\.png\.$"):
+        measured(pictures, ends, workers=workers)
+
+
+class ExitsOnce(torch.utils.data.Dataset):
+    """sys.exit() in a user's own data set: an image that cannot be read, as with other errors."""
+
+    def __len__(self):
+        return 120
+
+    def __getitem__(self, index):
+        if index == 77:
+            sys.exit("no such row")
+        return Image.new("RGB", (32, 32), (index, 3 * index % 256, 7 * index % 256))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_would_end_the_run_has_an_image_that_cannot_be_read(workers, capsys):
+    result = measured(ExitsOnce(), to_tensor, workers=workers)
+    assert result.meta["images"]["broken"] == ["image 77"]
+    assert "Skipped image 77: SystemExit: no such row" in capsys.readouterr().err
+
+
+def test_first_items_that_would_end_the_run_are_one_line(tmp_path):
+    class Exits(ExitsOnce):
+        def __getitem__(self, index):
+            sys.exit(4)
+
+    for source in (Exits(), torch.utils.data.DataLoader(Exits(), batch_size=4)):
+        with pytest.raises(VitprobeError, match="SystemExit: 4"):
+            open_images(source)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes that are forked see the test's functions")
+def test_a_decoding_process_that_ends_by_itself_is_told_with_its_status(tmp_path):
+    folder(tmp_path, [(32, 32)] * 39 + [(40, 32)])
+
+    def ends(image):
+        if multiprocessing.parent_process() is not None and image.size[0] > 32:
+            os._exit(7)
+        return to_tensor(image)
+
+    with pytest.raises(VitprobeError, match="ended by itself, with status 7"):
+        measured(tmp_path, ends, workers=1)
+
+
 def test_images_in_lists_of_tensors_of_different_sizes():
     tensors = [torch.randn(3, 16, 16) for _ in range(7)] + [torch.randn(3, 16, 24)]
     with pytest.raises(VitprobeError, match=r"The images of a list are of different sizes"):

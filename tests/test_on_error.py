@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
-from vitprobe import attention_distance, cka, receptive_field, skip_ratio, wrap
+from vitprobe import attention_distance, cka, load_model, receptive_field, skip_ratio, wrap
 from vitprobe.errors import VitprobeError
 from vitprobe.tracing import attention as observer
 
@@ -109,3 +112,55 @@ def test_the_command(images, tmp_path, capsys):
          "--on-error", "skip", "--quiet"]
     )  # fmt: skip
     assert code == 0 and "skip_ratio" in capsys.readouterr().out
+
+
+# sys.exit() in the user's code
+
+
+class Exits(torch.nn.Module):
+    """sys.exit() in a forward pass, from a number of images on."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.stem, self.head, self.most = (
+            torch.nn.Conv2d(3, 8, 8, 8),
+            torch.nn.Conv2d(8, 4, 1),
+            most,
+        )
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        if len(x) > self.most:
+            sys.exit(5)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("most", [0, 3], ids=["always", "in the loop"])
+def test_a_forward_pass_that_would_end_the_run_is_told_as_the_models(most):
+    pixels = torch.randn(N, 3, 32, 32)
+    with pytest.raises(VitprobeError, match=r"^own cannot run on images of .*: SystemExit: 5"):
+        cka.measure(wrap(Exits(most), "own"), pixels, batch_size=BATCH)
+
+
+@pytest.mark.parametrize(
+    "code", ["import sys\nsys.exit(6)", "def build():\n    raise SystemExit(6)"]
+)
+def test_a_file_that_would_end_the_run_is_told(code, tmp_path):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(VitprobeError, match=r"mine\.py:build: SystemExit: 6"):
+        load_model(f"{tmp_path / 'mine.py'}:build")
+
+
+def test_a_signal_handler_that_ends_the_program_does_end_it():
+    class Sends(Exits):
+        def forward(self, x):
+            if len(x) > 3:
+                signal.raise_signal(signal.SIGTERM)
+            return super().forward(x)
+
+    def handler(number, frame):
+        sys.exit(9)
+
+    signal.signal(signal.SIGTERM, handler)
+    with pytest.raises(SystemExit, match="9"):
+        cka.measure(wrap(Sends(9), "own"), torch.randn(N, 3, 32, 32), batch_size=BATCH)

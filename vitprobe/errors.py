@@ -1,9 +1,12 @@
 """The one exception for what a user can put right."""
 
 import re
+import signal
 import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
+from traceback import walk_tb
+from typing import Any
 
 
 class VitprobeError(Exception):
@@ -64,6 +67,24 @@ def _visible(match: re.Match[str]) -> str:
 
 _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 _MARKS = "\u200e\u200f\u061c"
+
+
+def is_error(raised: BaseException) -> bool:
+    """Whether what code of a user's raised is an error of that code.
+
+    ``sys.exit()`` there is one: a transform or a forward pass has no say over how a run ends.
+    Ctrl-C is none, and neither is the ``sys.exit()`` of a signal handler that interrupts such code.
+    """
+    if isinstance(raised, Exception):
+        return True
+    if isinstance(raised, KeyboardInterrupt | GeneratorExit):
+        return False
+    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    return all(frame.f_code not in handlers for frame, _ in walk_tb(raised.__traceback__))
+
+
+def _code(handler: Any) -> Any:
+    return getattr(getattr(handler, "__func__", handler), "__code__", None)
 
 
 MAX_LETTERS = 300

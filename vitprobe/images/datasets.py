@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from vitprobe.errors import VitprobeError, describe
+from vitprobe.errors import VitprobeError, describe, is_error
 from vitprobe.images.decoding import decoded, rgb
 
 # Where datasets of the usual libraries keep the image of an item.
@@ -50,7 +50,9 @@ class ItemSource:
             raise VitprobeError(f"There are no images in {what}.")
         try:
             self.tensors = isinstance(image_of(items[0]), Tensor)
-        except Exception as error:
+        except BaseException as error:
+            if not is_error(error):
+                raise
             reason = str(error) if isinstance(error, ValueError) else describe(error)
             raise VitprobeError(f"The first item of {what} is not an image: {reason}") from error
 
@@ -78,7 +80,9 @@ class ItemSource:
         for index in chosen:
             try:
                 image = image_of(self.items[int(index)])
-            except Exception as error:
+            except BaseException as error:
+                if not is_error(error):
+                    raise
                 # It is told when its turn comes.
                 digest.update(f"{type(error).__name__}".encode())
                 continue

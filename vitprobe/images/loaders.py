@@ -23,7 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from vitprobe.errors import VitprobeError, describe
+from vitprobe.errors import VitprobeError, describe, is_error
 from vitprobe.images.datasets import KEYS, image_of, plain_repr
 
 _SHUFFLES = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -55,7 +55,9 @@ class LoaderSource:
         self._made: tuple[int, Sequence[Any]] = (-1, ())
         try:
             self.tensors = isinstance(self[0], Tensor)
-        except Exception as error:
+        except BaseException as error:
+            if not is_error(error):
+                raise
             reason = str(error) if isinstance(error, ValueError) else describe(error)
             raise VitprobeError(
                 f"The first batch of a DataLoader holds no images: {reason}"
@@ -97,7 +99,9 @@ class LoaderSource:
             for position in self.batches[number].tolist():
                 try:
                     image = self[position]
-                except Exception as error:
+                except BaseException as error:
+                    if not is_error(error):
+                        raise
                     # It is told when its turn comes.
                     digest.update(type(error).__name__.encode())
                     break

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitprobe.errors import VitprobeError, nearest
+from vitprobe.errors import VitprobeError, is_error, nearest
 from vitprobe.models.contents import file_sha256
 from vitprobe.models.model import Model
 from vitprobe.models.names import factory_parts, label
@@ -80,7 +80,9 @@ def _imported(spec: str, where: str) -> Any:
         if error.name and (where == error.name or where.startswith(f"{error.name}.")):
             raise VitprobeError(f"--models: there is no Python module {where!r}.") from error
         raise VitprobeError(f"{spec}: {type(error).__name__}: {error}") from error
-    except Exception as error:
+    except BaseException as error:
+        if not is_error(error):
+            raise
         # It is the user's own code: it may raise anything.
         raise VitprobeError(f"{spec}: {_told(error)}") from error
 
@@ -90,11 +92,13 @@ def _called(spec: str, factory: Any) -> Any:
         raise VitprobeError(f"{spec} is {type(factory).__name__}, which cannot be called.")
     try:
         return factory()
-    except Exception as error:
+    except BaseException as error:
+        if not is_error(error):
+            raise
         raise VitprobeError(f"{spec}: {_told(error)}") from error
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:300]
 
 

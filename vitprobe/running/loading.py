@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import multiprocessing.queues
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -19,13 +21,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitprobe.errors import VitprobeError, describe, shown
+from vitprobe.errors import VitprobeError, describe, is_error, shown
 from vitprobe.images.decoding import GoneError
 from vitprobe.images.sources import Images
 from vitprobe.models.loading import Model
 
 # Where the processors of Hugging Face leave an image.
 PIXELS = "pixel_values"
+# How long the system may take to end a process whose connections are closed already.
+GRACE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class TransformedImages(Dataset):
             image = self.images.open(position)
         except GoneError as error:
             return Failure(str(error), gone=True)
-        except Exception as error:
+        except BaseException as error:
+            if not is_error(error):
+                raise
             # Decoders of damaged images raise anything; it is told, and too many stop the run.
             return Failure(shown(describe(error)))
         if isinstance(image, Tensor):
@@ -79,7 +85,9 @@ class TransformedImages(Dataset):
             name = self.images.name(position)
             try:
                 given = transform(image)
-            except Exception as error:
+            except BaseException as error:
+                if not is_error(error):
+                    raise
                 return _stop(f"The transform of {owner} raised {describe(error)} at {name}.")
             try:
                 found.append(as_input(given))
@@ -278,3 +286,28 @@ def decoder_ended(error: BaseException) -> bool:
     It is raised out of whatever the main process does at that moment.
     """
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+def decoder_status(error: BaseException) -> int | None:
+    """The exit status of a decoding process that has ended by itself; None for one that was ended.
+
+    Args:
+        error: torch's word for its end, or a broken connection.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if decoder_ended(cause) and (status := re.search(r"exit code (\d+)", str(cause))):
+            return int(status[1])
+        cause = cause.__cause__
+    if decoder_ended(error):
+        return None
+    # A connection breaks a moment before the process is gone and torch says so.
+    try:
+        ending = {child.sentinel: child for child in multiprocessing.active_children()}
+        for sentinel in multiprocessing.connection.wait(list(ending), timeout=GRACE_S):
+            ending[sentinel].join(GRACE_S)  # type: ignore[index]
+    except RuntimeError as late:
+        if not decoder_ended(late):
+            raise
+        return decoder_status(late)
+    return None

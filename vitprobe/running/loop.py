@@ -20,7 +20,7 @@ from vitprobe.images.sources import BROKEN_FRACTION_ALLOWED
 from vitprobe.running import memory, processes
 from vitprobe.running.checkpoint import Checkpoint, Saves, UntilWritten
 from vitprobe.running.interrupts import HeldBack, Interrupted
-from vitprobe.running.loading import Failure, decoder_ended
+from vitprobe.running.loading import Failure, decoder_ended, decoder_status
 from vitprobe.running.session import Batch, Session, Sums
 from vitprobe.statistics.hsic import MIN_BATCH
 
@@ -124,7 +124,7 @@ def _over(
             _last_save(saves, stops, state, mine)
             text = _stopped(todo, mine, checkpoint)
             raise Interrupted(f"{text}; {_way(checkpoint)}", stops.status) from None
-        except Exception as error:
+        except BaseException as error:
             _last_save(saves, stops, state, mine)
             told = _told(ready, error, checkpoint)
             if told is None:
@@ -193,7 +193,7 @@ def _together(ready: Session, checkpoint: Checkpoint) -> Iterator[None]:
             ) from error
 
 
-def _told(ready: Session, error: Exception, checkpoint: Checkpoint) -> VitprobeError | None:
+def _told(ready: Session, error: BaseException, checkpoint: Checkpoint) -> VitprobeError | None:
     """What a user can do about an exception from the loop, where there is something."""
     size = ready.options.batch_size
     if memory.ran_out(error):
@@ -205,6 +205,12 @@ def _told(ready: Session, error: Exception, checkpoint: Checkpoint) -> VitprobeE
     decoders = ready.workers(len(ready.batches)) > 0
     broken = decoders and isinstance(error, (ConnectionError, EOFError))
     if broken or decoder_ended(error):
+        status = decoder_status(error)
+        if status is not None:
+            return VitprobeError(
+                f"A process that decodes images ended by itself, with status {status} (--workers 0 "
+                f"starts none, and what ends it shows); {_way(checkpoint)}"
+            )
         return VitprobeError(
             "The system ended a process that decodes images, as it does when memory is short "
             f"(--workers 0 starts none); {_way(checkpoint)}"

@@ -310,7 +310,7 @@ def session(
             yield ready
     except VitprobeError:
         raise
-    except Exception as error:
+    except BaseException as error:
         told = _told(error, loaded, options)
         if told is None:
             raise
@@ -335,7 +335,7 @@ def _check_fit(models: list[Model], images: Images, at_least: int) -> None:
             )
 
 
-def _told(error: Exception, models: list[Model], options: Options) -> VitprobeError | None:
+def _told(error: BaseException, models: list[Model], options: Options) -> VitprobeError | None:
     """What a user can do about an exception outside of the loop, where there is something."""
     if memory.ran_out(error):
         named = " and ".join(model.name for model in models) or "the models"

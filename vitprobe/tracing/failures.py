@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitprobe.errors import VitprobeError, describe
+from vitprobe.errors import VitprobeError, describe, is_error
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 # In these frames of vitprobe's it is the model that runs: what watches passes hands operations on.
@@ -48,7 +48,7 @@ def forward_failure(
         elif root is not None and _is_ours(frame):
             return None
         step = step.tb_next
-    if root is None or isinstance(error, VitprobeError):
+    if root is None or isinstance(error, VitprobeError) or not is_error(error):
         return None
     name, module = root
     message = f"{name} cannot run on {_images(given)}: {describe(error)}"

@@ -54,7 +54,7 @@ def map_layers(name: str, module: nn.Module, example: Tensor) -> LayerMap:
         shapes: dict[Key, tuple[int, ...]] = {key: info.shape for key, (_, info) in outputs.items()}
         shapes |= {addition: addition.shape for addition in trace.additions}
         examined = examine(name, module, example, shapes)
-    except Exception as error:
+    except BaseException as error:
         told = forward_failure(error, [(name, module)])
         if told is None:
             raise
