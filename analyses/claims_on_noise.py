@@ -29,6 +29,7 @@ from timm.models.vision_transformer import VisionTransformer
 from vitprobe import (
     cka,
     linear_probe,
+    localization,
     measure_all,
     neighbours,
     patch_pca,
@@ -41,10 +42,11 @@ from vitprobe.errors import VitprobeError
 from vitprobe.images.sources import Images, open_images
 from vitprobe.models.model import Model
 from vitprobe.results.result import FAILS, HOLDS, OPEN, Finding
+from vitprobe.running.features import Source
 
-SIDE, IMAGES = 32, 48
-ONE_PASS = ["attention_distance", "head_subsets", "skip_ratio", "skip_ablation", "localization",
-            "token_norms", "frequency", "occlusion"]  # fmt: skip
+SIDE, IMAGES = 32, 96
+ONE_PASS = ["attention_distance", "head_subsets", "skip_ratio", "skip_ablation", "token_norms",
+            "frequency", "occlusion"]  # fmt: skip
 
 
 def prepared(image: Any) -> torch.Tensor:
@@ -61,7 +63,10 @@ def networks(draw: int) -> list[Model]:
         made[name] = VisionTransformer(
             img_size=SIDE, patch_size=8, embed_dim=24, depth=6, num_heads=3, num_classes=10, **more
         )  # fmt: skip
-    made["cnn"] = timm.create_model("resnet10t", num_classes=10, zero_init_last=False)
+    cnn = timm.create_model("resnet18", num_classes=10, zero_init_last=False)
+    # As for small images: maps of 32, 16, 8 and 4.
+    cnn.conv1.stride, cnn.maxpool = (1, 1), torch.nn.Identity()
+    made["cnn"] = cnn
     with torch.no_grad():
         for name in ("vit", "gap"):
             torch.nn.init.normal_(made[name].pos_embed)
@@ -82,12 +87,14 @@ def images(draw: int) -> Images:
 def claims(draw: int, wanted: Callable[[str], bool]) -> Iterator[Finding]:
     """Every finding of a draw."""
     models, shown = networks(draw), images(draw)
-    options = {"batch_size": 8, "device": "cpu", "seed": draw}
+    options = {"batch_size": 12, "device": "cpu", "seed": draw}
     chosen = [name for name in ONE_PASS if wanted(name)]
     own = {"levels": (0.5,), "shuffle": (4,)} if "occlusion" in chosen else {}
     if chosen:
         for result in measure_all(chosen, models, shown, **own, **options).values():
             yield from result.findings()
+    if wanted("localization"):
+        yield from localization.measure(models, shown, layers="blocks", **options).findings()
     if wanted("attention_statistics"):
         found = measure_all(["attention_statistics"], models[:2], shown, **options)
         result = found["attention_statistics"]
@@ -124,22 +131,21 @@ def images_of_noise(draw: int) -> Images:
 def unrelated(draw: int) -> Iterator[Finding]:
     """What is said of two networks that share nothing but their images: claims of a comparison."""
     generator = torch.Generator().manual_seed(draw)
-    stages = [(8, 8)] * 3 + [(4, 4)] * 3
-    made = {
-        name: {f"layer {i}": torch.randn(IMAGES, 40, generator=generator) for i in range(6)}
-        for name in ("one", "other")
-    }
-    given = cka.from_features(made, batch_size=8, pairwise=True)
-    yield from given.findings()
-    from vitprobe.papers.raghu2021 import alike
-    from vitprobe.running.features import summed
-
-    sums = summed(made, 8, 0, 4)
-    pairs = alike.statistics(
-        ["one", "other"], sums.owner, [True, False], [stages, stages],
-        {"hsic": sums.hsic, "used": sums.used},
-    )  # fmt: skip
-    yield from alike.findings(pairs, sums.meta["replicates"])
+    shapes = [(8, 8, 8)] * 3 + [(16, 4, 4)] * 3
+    made = [
+        Source(
+            name,
+            {f"layer {i}": torch.randn(IMAGES, 40, generator=generator).numpy() for i in range(6)},
+            {
+                "attends": attends,
+                "layers": {f"layer {i}": {"of_image": shape} for i, shape in enumerate(shapes)},
+                "models": [{"name": name, "weights": "nothing"}],
+            },
+        )
+        for name, attends in (("one", True), ("other", False))
+    ]
+    yield from cka.from_features(made, batch_size=12, null=200).findings()
+    yield from cka.from_features(made, batch_size=12, pairwise=True).findings()
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from vitprobe.results.result import Finding, combine, decide, plus_minus
 
 # The paper counts 2.4 % in one network and none in others; where "a few" begins is ours.
 A_FEW = 0.005
+# How far above all patches a register is that has the large norms: ours.
+ABOVE = 1.5
 
 
 def findings(result: Any) -> list[Finding]:
@@ -64,12 +66,12 @@ def _with_registers(result: Any, model: int, rows: np.ndarray) -> Finding:
         combine(
             [
                 decided(-late[0], late[1], -A_FEW),
-                decide(ratio[0], ratio[1], 1.0, result.meta["n"]),
+                decide(ratio[0], ratio[1], ABOVE, result.meta["n"]),
             ]
         ),
         f"share of patches above {result.meta['times']:g} times the layer's median, last third of "
         f"blocks {_per_cent(*late)} (threshold < {A_FEW:.1%}); largest register of the last "
-        f"layer over the patches' 99th percentile {plus_minus(*ratio)} (threshold > 1)",
+        f"layer over the patches' 99th percentile {plus_minus(*ratio)} (threshold > {ABOVE})",
         "registers in the outliers' stead",
         models=[result.models[model]],
     )

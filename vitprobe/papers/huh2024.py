@@ -60,7 +60,9 @@ def _late(result: Any, model: int, rows: np.ndarray) -> Finding:
     decided = partial(decide, replicates=result.meta["n"])
     late = accuracy[-1] - accuracy[middle], float(np.hypot(error[-1], error[middle]))
     early = accuracy[middle] - accuracy[0], float(np.hypot(error[middle], error[0]))
-    gap = float(late[0] - early[0]), float(np.hypot(late[1], early[1]))
+    # The middle is in both. That all are of the same images is left out of account: wider errors.
+    gap_se = float(np.linalg.norm([error[-1], 2 * error[middle], error[0]]))
+    gap = float(late[0] - early[0]), gap_se
     return Finding(
         f"neighbours of the class token of {result.models[model]} become of one class late",
         "Caron et al. 2021, Oquab et al. 2023",

@@ -17,6 +17,9 @@ from vitprobe.tracing.layers import Layer
 # Where the papers say "clearly larger" and "about", a number has to be chosen: these are ours.
 CLEARLY = 0.1
 EARLY_DEPTH = 0.35
+# Below that a difference of CKA is none, as in ``same_depth``. Layers of random weights differ as
+# surely, by a hundredth.
+CHANGE = 0.05
 
 
 def stage(layer: Layer) -> tuple[int, ...]:
@@ -123,11 +126,13 @@ def findings(pairs: list[dict[str, Any]], replicates: int | None = None) -> list
             Finding(
                 f"low and high layers are more alike in {vit} than in {cnn}, which splits by stage",
                 "Raghu et al. 2021, Fig. 1",
-                combine([decided(spread[0], spread[1], CLEARLY), decided(*stages)]),
+                combine(
+                    [decided(spread[0], spread[1], CLEARLY), decided(stages[0], stages[1], CHANGE)]
+                ),
                 f"mean CKA of lowest and highest third: {vit} {plus_minus(*pair['vit'])}, "
                 f"{cnn} {plus_minus(*pair['cnn'])}, difference {plus_minus(*spread)} (threshold "
                 f"> {CLEARLY}); {cnn} within minus between stages, equally far "
-                f"apart, {plus_minus(*stages)} (threshold > 0)",
+                f"apart, {plus_minus(*stages)} (threshold > {CHANGE})",
                 "ViT uniform, CNN in stages",
                 over,
                 [vit, cnn],
@@ -139,10 +144,10 @@ def findings(pairs: list[dict[str, Any]], replicates: int | None = None) -> list
                 f"the lower half of {cnn} is most like the lowest layers of {vit}, whose last "
                 f"third is less like any of {cnn}",
                 "Raghu et al. 2021, Fig. 2",
-                combine([decided(*depth_left), decided(*late)]),
+                combine([decided(*depth_left), decided(late[0], late[1], CHANGE)]),
                 f"best-matching depth in {vit} {plus_minus(*depth)} "
                 f"(threshold < {EARLY_DEPTH}); CKA with its first two thirds minus its last, "
-                f"least over the layers of {cnn}: {plus_minus(*late)} (threshold > 0)",
+                f"least over the layers of {cnn}: {plus_minus(*late)} (threshold > {CHANGE})",
                 "CNN like the ViT's lowest layers",
                 over,
                 [vit, cnn],

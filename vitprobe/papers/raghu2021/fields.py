@@ -15,8 +15,9 @@ import numpy as np
 
 from vitprobe.results.result import FAILS, OPEN, Finding, combine, decide, plus_minus
 
-# Where the paper says "gradually" and "global", a number has to be chosen: these are ours.
-GROWTH, GLOBAL_AREA = 0.1, 0.5
+# Where the paper says "gradually", "farther" and "global", a number has to be chosen: these are
+# ours, of shares of the image. One patch is wider than a small convolution, by less.
+GROWTH, FARTHER, GLOBAL_AREA = 0.1, 0.1, 0.5
 SOURCE = "Raghu et al. 2021, Fig. 6"
 AREA = "area with 90 % of the gradient"
 
@@ -68,14 +69,15 @@ def fields(result: Any) -> list[Finding]:
         (vit, vit_se), (cnn, cnn_se) = trend[a][0], trend[b][0]
         cut = reaching[rows[a][: thirds[a]]].any(), reaching[rows[b][: thirds[b]]].any()
         layers = [f"{thirds[m]} of {len(rows[m])}" for m in (a, b)]
-        verdict, remark = _wider(decided(vit - cnn, float(np.hypot(vit_se, cnn_se))), *cut)
+        farther = decided(vit - cnn, float(np.hypot(vit_se, cnn_se)), FARTHER)
+        verdict, remark = _wider(farther, *cut)
         found.append(
             Finding(
                 f"low layers of {result.models[a]} look farther than those of {result.models[b]}",
                 SOURCE,
                 verdict,
                 f"{AREA}, lowest third: {plus_minus(vit, vit_se)} and "
-                f"{plus_minus(cnn, cnn_se)}{remark}",
+                f"{plus_minus(cnn, cnn_se)} (threshold of the difference > {FARTHER}){remark}",
                 "low ViT layers look farther",
                 f"the lowest {layers[0]} and {layers[1]} layers",
                 [result.models[a], result.models[b]],

@@ -10,8 +10,9 @@ import numpy as np
 
 from vitprobe.results.result import Finding, combine, decide, plus_minus
 
-# How much CKA across the block has to lose to have collapsed: ours.
-COLLAPSE = 0.1
+# How much CKA across the block has to lose, and what may be left of it: ours. Layers of random
+# weights lose as much and stay alike, mostly at 0.7 and more.
+COLLAPSE, ALIKE = 0.1, 0.5
 # "Above" and "below", of logarithms of ratios: ours, a quarter of the ratio. Tokens of random
 # weights differ as surely, mostly by less.
 ABOVE = 0.25
@@ -71,6 +72,7 @@ def ablation(result: Any) -> list[Finding]:
     if not trained:
         source += ", there for networks trained without, here removed at test time"
     found = []
+    decided = partial(decide, replicates=result.meta.get("replicates"))
     for panel in np.flatnonzero(result.block != ""):
         name, block = result.models[result.model_of_panel[panel]], result.block[panel]
         value, error = result.means[panel], result.means_se[panel]
@@ -80,11 +82,16 @@ def ablation(result: Any) -> list[Finding]:
                 f"without the skips of {block}, {result.meta['experiment']}, layers of {name} "
                 f"before and after it are no longer alike",
                 source,
-                decide(loss, loss_se, COLLAPSE, result.meta.get("replicates")),
-                f"mean CKA across the block {plus_minus(value[0], error[0])}, with skips "
-                f"{plus_minus(value[2], error[2])}, loss {plus_minus(loss, loss_se)} (threshold "
-                f"> {COLLAPSE}); within the sides {plus_minus(value[1], error[1])}, "
-                f"with skips {plus_minus(value[3], error[3])}",
+                combine(
+                    [
+                        decided(loss, loss_se, COLLAPSE),
+                        decided(-float(value[0]), float(error[0]), -ALIKE),
+                    ]
+                ),
+                f"mean CKA across the block {plus_minus(value[0], error[0])} (threshold "
+                f"< {ALIKE}), with skips {plus_minus(value[2], error[2])}, loss "
+                f"{plus_minus(loss, loss_se)} (threshold > {COLLAPSE}); within the sides "
+                f"{plus_minus(value[1], error[1])}, with skips {plus_minus(value[3], error[3])}",
                 "alike no longer across the block",
                 f"{(result.layers[panel] != '').sum()} layers",
                 [name],
