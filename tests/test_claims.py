@@ -76,9 +76,16 @@ def test_untrained_networks_are_named_so_under_any_name(tensors):
     assert "in A (untrained) the class token" in result.findings()[0].claim
     assert "of A (untrained) are above those of B (untrained)" in result.findings()[1].claim
     assert result.models == ["A", "B"]
+    result = skip_ratio.measure(
+        models, tensors, image_size=32, names=["random crops", "random crops of an untrained net"]
+    )
+    claims = " ".join(one.claim for one in result.findings())
+    assert claims.count("(untrained)") == claims.count("random crops (untrained)") == 2
     # By default the name itself says it, once.
     claims = [one.claim for one in skip_ratio.measure(models[0], tensors).findings()]
     assert all("test_vit (random)" in claim and "untrained" not in claim for claim in claims)
+    stem = patch_embedding.measure("test_vit@random", names=["a stem"], image_size=64)
+    assert [one.claim.count("untrained") for one in stem.findings()] == [1]
     table = position_embedding.measure("test_vit@random", names=["a table"], image_size=64)
     assert all("(untrained)" in one.claim for one in table.findings())
 

@@ -141,6 +141,13 @@ def test_every_result_becomes_a_table_of_all_its_numbers(made):
             assert np.array_equal(table["value"][table["quantity"] == name], there)
 
 
+def test_columns_of_claims_say_who_is_untrained(images, tmp_path, capsys):
+    assert quick(images, tmp_path, "--names", "A", "B") == 0
+    (page,) = tmp_path.glob("*.html")
+    table = page.read_text(encoding="utf-8").partition("<thead>")[2].partition("</thead>")[0]
+    assert "A (untrained) × B (untrained)" in table.replace("<wbr>", "")
+
+
 def test_the_same_command_measures_nothing_again(images, begun, again, monkeypatch):
     monkeypatch.setattr(command, "measure_each", None)
     (again / f"{STEM}.html").unlink()

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from vitprobe.report import grid
 from vitprobe.report.panels import find_panels
 from vitprobe.results.drawing import DPI
-from vitprobe.results.result import Result, Text
+from vitprobe.results.result import Result, Text, as_untrained
 
 # An image larger than this is brought down to 256 colours, which a heat map hardly shows.
 MAX_PNG = 300_000
@@ -78,7 +78,10 @@ def page(sections: Sequence[Section], missing: Sequence[tuple[str, str]], models
     return template.from_string(source).render(
         title=title or f"Inside {_listed(names)}",
         sections=shown,
-        columns=grid.columns(claims, names),
+        columns=[
+            [as_untrained(model) for name in column for model in models if model["name"] == name]
+            for column in grid.columns(claims, names)
+        ],
         papers=grid.rows(claims, names),
         tally=grid.tally([claim.finding for claim in claims]),
         missing=[{"what": what, "why": why} for what, why in missing],

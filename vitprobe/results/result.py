@@ -111,27 +111,31 @@ def plus_minus(value: float | None, standard_error: float | None, digits: int = 
     return f"{text} ± {standard_error:.{digits}f}"
 
 
-def _naming_the_untrained(findings: Callable[[Any], list[Finding]]) -> Any:
-    """Claims that say which networks are untrained: of random weights nothing follows for others.
+def as_untrained(model: dict[str, Any]) -> str:
+    """A model's name, with the word where its weights are random and the name does not say it.
 
     Networks are so named by default (``NAME (random)``), but not where users give names.
     """
+    name = str(model["name"])
+    untrained = str(model.get("weights", "")).startswith("random")
+    said = re.search(r"[(@]random\b|\buntrained\b", name)
+    return f"{name} (untrained)" if untrained and not said else name
+
+
+def _naming_the_untrained(findings: Callable[[Any], list[Finding]]) -> Any:
+    """Claims that say which networks are untrained: nothing follows from them for others."""
 
     @wraps(findings)
     def named(result: Any) -> list[Finding]:
-        untrained = [
-            re.escape(model["name"])
-            for model in result.meta["models"]
-            if str(model.get("weights", "")).startswith("random") and "random" not in model["name"]
-        ]
+        names = {model["name"]: as_untrained(model) for model in result.meta["models"]}
         found = findings(result)
-        if not untrained:
+        if all(name == told for name, told in names.items()):
             return found
-        pattern = re.compile(rf"(?<![\w.-])({'|'.join(untrained)})(?![\w-])")
+        # The longest first, as one may begin with another.
+        either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        pattern = re.compile(rf"(?<![\w.-])(?<!untrained stem of )({either})(?![\w-])")
         return [
-            one
-            if "untrained" in one.claim
-            else replace(one, claim=pattern.sub(r"\1 (untrained)", one.claim))
+            replace(one, claim=pattern.sub(lambda match: names[match[0]], one.claim))
             for one in found
         ]
 
