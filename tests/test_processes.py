@@ -152,8 +152,8 @@ def test_every_process_leaves_the_state_to_the_main_one_also_in_a_folder_of_its_
     other.save(ones, some)
     # Rank 1 shares the main process's folder; rank 2 has one with what an earlier run left.
     assert of("one", 0).save_whole(ones)
-    of("one", 1).leave_to_main(ones)
-    of("two", 2).leave_to_main(ones)
+    of("one", 1).leave_to_main(shared=True)
+    of("two", 2).leave_to_main(shared=False)
     assert files("one") == ["0"]
     assert [file.name for file in (tmp_path / "two").iterdir()] == [f"s.{other.key[:12]}.2.partial"]
     total = {"a": torch.zeros(2, dtype=torch.float64)}

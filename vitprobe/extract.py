@@ -89,6 +89,7 @@ def extract(
         folders = _folders(home, ready)
         plans = [_plan(ready, m, folders[m], layers, readout) for m in range(len(ready.models))]
         about = [_about(ready, m, plans[m], readout, dtype) for m in range(len(plans))]
+        _check_folder(home, ready)
         todo = [m for m, facts in enumerate(about) if asked.fresh or not _done(folders[m], facts)]
         if todo:
             _check_room(ready, [plans[m] for m in todo], dtype, home)
@@ -98,6 +99,17 @@ def extract(
                     facts = json.dumps(about[m], indent=1, ensure_ascii=False)
                     write_atomically({folders[m] / META: facts.encode("utf-8", "replace")})
     return {model.name: folder for model, folder in zip(ready.models, folders)}
+
+
+def _check_folder(home: Path, ready: Session) -> None:
+    """Refuse a folder that cannot be written, or that is not the same for all processes."""
+    if processes.is_main_process():
+        cli.check_writable(home, ".extract")
+    if not processes.see_one_folder(home, ready.device):
+        raise VitprobeError(
+            f"--out: {home} is not one folder for all processes. The rows of all images go into "
+            f"the same files: give a folder on a disk that all machines share."
+        )
 
 
 def _folders(home: Path, ready: Session) -> list[Path]:

@@ -35,6 +35,7 @@ from vitprobe.results.result import Result, load_result
 from vitprobe.results.writing import write_atomically
 from vitprobe.running import processes
 from vitprobe.running.checkpoint import UntilWritten
+from vitprobe.running.devices import resolve_device
 from vitprobe.running.measurement import Measurement
 from vitprobe.running.options import Options
 from vitprobe.running.passes import Results, measure_each
@@ -72,7 +73,11 @@ class Report:
         kept = {} if self.args.fresh else {name: self._kept(name, asked[name]) for name in asked}
         options = cli.options(self.args, "report") | {"names": None}
         until_written: UntilWritten = options["checkpoint"]
-        todo = {name: one for name, one in self.planned.items() if not kept.get(name)}
+        # Files of an earlier run may lie on the main process's disk alone.
+        absent = processes.of_main_process(
+            [name for name in self.planned if not kept.get(name)], resolve_device(self.args.device)
+        )
+        todo = {name: self.planned[name] for name in absent}
         if todo:
             made = measure_each(todo, self.models, self.args.images, Options(**options), True)
             self.found.missing, self.found.failed = made.missing, made.failed

@@ -70,33 +70,51 @@ class Checkpoint:
         """Whether there is a place for a state at all."""
         return self.path is not None
 
-    def load(self, state: dict[str, Tensor], fresh: bool = False) -> np.ndarray:
-        """Add what is on disk to ``state``; (batches,) bool of what it holds. Rank 0 does it."""
-        done = np.zeros(self.batches, dtype=bool)
-        if self.path is None or self.rank > 0:
-            return done
+    @property
+    def folder(self) -> Path:
+        """Where the state lies, if it is kept."""
+        assert self.path is not None
+        return self.path.parent
+
+    def load(
+        self, state: dict[str, Tensor], fresh: bool = False, known: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Add what is on disk to ``state``; (batches,) bool of what is added.
+
+        Processes do it in turn: where they share a folder, the first one takes all.
+
+        Args:
+            state: the sums.
+            fresh: remove what is on disk instead.
+            known: (batches,) bool of what processes before this one have added to theirs.
+        """
+        mine = np.zeros(self.batches, dtype=bool)
+        if self.path is None:
+            return mine
         if fresh:
             self.remove()
+        done = mine if known is None else known.copy()
         files, used = self._files(), []
         parts = [(file, part) for file in files if (part := self._read(file, state)) is not None]
         for file, part in sorted(parts, key=lambda one: -int(one[1]["_done"].sum())):
             if (part["_done"] & done).any():
                 continue
             done |= part["_done"]
+            mine |= part["_done"]
             used.append(file)
             for name, total in state.items():
                 total += torch.from_numpy(part[name]).to(total)
-        self.saved = int(done.sum())
-        if used and files != [self._file(0)]:
+        self.saved = int(mine.sum())
+        if used and files != [self._file(self.rank)]:
             # One file from here on: processes that save anew would write over what was theirs.
             try:
-                self.save(state, done)
+                self.save(state, mine)
             except VitprobeError:
-                return done
+                return mine
             for file in files:
-                if file != self._file(0):
+                if file != self._file(self.rank):
                     file.unlink(missing_ok=True)
-        return done
+        return mine
 
     def save(self, state: dict[str, Tensor], done: np.ndarray) -> None:
         """Write this process's sums and the batches that they hold.
@@ -130,17 +148,15 @@ class Checkpoint:
             return False
         return True
 
-    def leave_to_main(self, state: dict[str, Tensor]) -> None:
-        """Remove what this and other processes have left here, but the file of all totals.
-
-        Nodes may have folders of their own, where no other process can do it.
+    def leave_to_main(self, shared: bool) -> None:
+        """Remove what this and other processes have left here, but the main process's file.
 
         Args:
-            state: the sums, for their shapes and types.
+            shared: whether the folder is the main process's too: else all of it goes, and no other
+                process can do it.
         """
         for file in self._files():
-            part = self._read(file, state) if file == self._file(0) else None
-            if part is None or not part["_done"].all():
+            if not shared or file != self._file(0):
                 file.unlink(missing_ok=True)
 
     def _file(self, rank: int) -> Path:

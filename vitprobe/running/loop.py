@@ -6,6 +6,8 @@ the one shape behind progress, resume after a kill, and several processes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -58,35 +60,80 @@ def run(
     until_written = place if isinstance(place, UntilWritten) else None
     path = until_written.path if until_written else place
     checkpoint = Checkpoint(path, facts, len(ready.batches), rank)  # type: ignore[arg-type]
-    done = checkpoint.load(state, fresh=ready.options.fresh)
     if world > 1:
         with _together(ready, checkpoint):
-            done = processes.from_main_process(done, ready.device)
+            told = processes.gathered({name: _digest(fact) for name, fact in _seen(facts).items()})
+        _check_equal(told)
+    mine = done = np.zeros(len(ready.batches), dtype=bool)
+    for turn in range(world):
+        if turn == rank:
+            mine = checkpoint.load(state, ready.options.fresh, done)
+        if world > 1:
+            with _together(ready, checkpoint):
+                done = done | processes.flags_from(turn, mine, ready.device)
+        else:
+            done = mine.copy()
     todo = [b for b in range(len(ready.batches)) if not done[b]][rank::world]
     if done.any() and rank == 0 and not ready.options.quiet:
         print(f"Resuming after batch {int(done.sum())} of {len(done)}", file=sys.stderr)
     # Not inference mode: what a module keeps of a pass could not be trained with afterwards.
     mode = nullcontext() if gradients else torch.no_grad()
-    with mode:
-        if todo and rank == 0:
-            _forecast(ready, sums, scratch)
-        _over(ready, todo, step, state, checkpoint, done if rank == 0 else np.zeros_like(done))
+    failure: VitprobeError | None = None
+    try:
+        with mode:
+            if todo and rank == 0:
+                _forecast(ready, sums, scratch)
+            _over(ready, todo, step, state, checkpoint, mine)
+    except VitprobeError as error:
+        if world == 1 or not ready.goes_on:
+            raise
+        failure = error
     if world > 1:
+        with _together(ready, checkpoint):
+            failures = processes.gathered("" if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        # Processes that go on with another measurement do so together.
+        if text := next(filter(None, failures), ""):
+            raise VitprobeError(text)
         with _together(ready, checkpoint):
             processes.sum_over_processes(state, ready.device)
         _check_broken(ready, state)
         if checkpoint.keeps:
             # From here on the main process keeps all: every other one removes its own.
             with _together(ready, checkpoint):
-                kept = np.array([rank > 0 or checkpoint.save_whole(state)])
-                if processes.from_main_process(kept, ready.device)[0] and rank > 0:
-                    checkpoint.leave_to_main(state)
+                kept = rank > 0 or checkpoint.save_whole(state)
+                if processes.gathered(kept)[0]:
+                    shared = processes.see_one_folder(checkpoint.folder, ready.device)
+                    if rank > 0:
+                        checkpoint.leave_to_main(shared)
     for names, which in ((ready.broken, "_broken"), (ready.skipped, "_skipped")):
         names[:] = [ready.images.name(int(p)) for p in state[which].nonzero()[:, 0]]
     if until_written is not None:
         until_written.runs.append(checkpoint)
-    elif rank == 0:
+    else:
         checkpoint.remove()
+
+
+def _seen(facts: dict[str, Any]) -> dict[str, Any]:
+    """What all processes must agree on: copies of a file may well be of other times."""
+    return {**facts, "images": facts["images"][0], "versions": None}
+
+
+def _digest(fact: Any) -> str:
+    text = json.dumps(fact, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def _check_equal(told: list[dict[str, str]]) -> None:
+    """Refuse to add up what processes of different models, images or options have found."""
+    for rank, one in enumerate(told):
+        for name in {**told[0], **one}:
+            if one.get(name) != told[0].get(name):
+                raise VitprobeError(
+                    f"Process {rank} has other {name.replace('_', ' ')} than process 0: all must "
+                    f"be given the same command, and the same files under the same names."
+                )
 
 
 def _over(

@@ -108,7 +108,7 @@ def measure_each(
     found = Results()
     for shared in _shared(measurements, loaded, images, options, found):
         try:
-            found.update(_together(shared, loaded, found))
+            found.update(_together(shared, loaded, found, go_on))
         except VitprobeError as error:
             if not go_on:
                 raise
@@ -118,7 +118,7 @@ def measure_each(
             # Whose fault it is shows when each is measured by itself.
             for alone in shared:
                 try:
-                    found.update(_together([alone], loaded, found))
+                    found.update(_together([alone], loaded, found, go_on))
                 except VitprobeError as own:
                     found.failed[alone.name] = str(own)
     for name, one in measurements.items():
@@ -176,11 +176,14 @@ def _shared(
     return list(shared.values())
 
 
-def _together(shared: list[_Asked], loaded: list[Model], found: Results) -> dict[str, Result]:
+def _together(
+    shared: list[_Asked], loaded: list[Model], found: Results, go_on: bool
+) -> dict[str, Result]:
     """The results of measurements on the same images, from one pass."""
     measurements = [asked.measurement for asked in shared]
     parts: list[_Part] = []
     with _opened(measurements, loaded, shared[0].images, shared[0].options) as ready:
+        ready.goes_on = go_on
         for asked in shared:
             try:
                 parts += _prepared(asked.name, asked.measurement, ready)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,11 +96,61 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def from_main_process(flags: np.ndarray, device: torch.device) -> np.ndarray:
-    """The flags (bool) of rank 0, for every process."""
+def flags_from(rank: int, flags: np.ndarray, device: torch.device) -> np.ndarray:
+    """The flags (bool) of one process, for every process."""
     there = torch.from_numpy(flags.astype(np.uint8)).to(_home(device))
-    torch.distributed.broadcast(there, 0)
+    torch.distributed.broadcast(there, rank)
     return there.cpu().numpy().astype(bool)
+
+
+def gathered(thing: Any) -> list[Any]:
+    """What each process has, by rank; plain things only."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, thing)
+    return found
+
+
+def of_main_process(thing: Any, device: torch.device) -> Any:
+    """What the main process has; the group is begun where there is to be one.
+
+    Raises:
+        VitprobeError: another process has ended.
+    """
+    if join(device)[1] == 1:
+        return thing
+    with _heard():
+        return gathered(thing)[0]
+
+
+def see_one_folder(folder: Path, device: torch.device) -> bool:
+    """Whether a folder is one and the same for all processes: machines may have disks of their own.
+
+    The main process must be able to write to it.
+
+    Raises:
+        VitprobeError: another process has ended.
+    """
+    rank, world = join(device)
+    if world == 1:
+        return True
+    mark = folder / f".vitprobe-{secrets.token_hex(8)}"
+    try:
+        if rank == 0:
+            mark.touch()
+        with _heard():
+            there = gathered(str(mark.name))[0]
+            return all(gathered((folder / there).exists()))
+    finally:
+        if rank == 0:
+            mark.unlink(missing_ok=True)
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise VitprobeError("Another process of this run ended early.") from error
 
 
 def sum_over_processes(state: dict[str, Tensor], device: torch.device) -> None:

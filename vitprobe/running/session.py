@@ -77,6 +77,8 @@ class Session:
         self.batches = (
             even_batches(len(images), options.batch_size, at_least) if own is None else list(own)
         )
+        # Whether a caller makes other measurements where one fails.
+        self.goes_on = False
         self.broken: list[str] = []
         self.skipped: list[str] = []
         # For each model, whether it gets its inputs so.
