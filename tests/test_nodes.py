@@ -177,7 +177,7 @@ def test_nodes_that_see_other_images_or_options_are_told(nodes):
 
 def test_activations_need_a_folder_that_all_nodes_share(nodes):
     here = os.getcwd()
-    extracting = ["extract", *arguments()[1:-2], "--layers", "blocks.1"]
+    extracting = ["extract", *arguments()[1:-2], "--quiet", "--layers", "blocks.1"]
     # The other node has files of an earlier run.
     os.chdir(nodes / "1")
     try:

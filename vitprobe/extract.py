@@ -89,10 +89,11 @@ def extract(
         folders = _folders(home, ready)
         plans = [_plan(ready, m, folders[m], layers, readout) for m in range(len(ready.models))]
         about = [_about(ready, m, plans[m], readout, dtype) for m in range(len(plans))]
-        _check_folder(home, ready)
         todo = [m for m, facts in enumerate(about) if asked.fresh or not _done(folders[m], facts)]
+        todo = processes.of_main_process(todo, ready.device)
         if todo:
             _check_room(ready, [plans[m] for m in todo], dtype, home)
+            _check_folder(home, ready)
             _fill(ready, plans, todo, about, readout, dtype)
             if processes.is_main_process():
                 for m in todo:
