@@ -21,7 +21,7 @@ def images():
     return torch.randn(N, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def one_hot_rows(net):
+def one_hot_rows(net, size=100):
     """Logits reach ±100, and most rows give all their attention to one token."""
     largest = []
 
@@ -34,7 +34,7 @@ def one_hot_rows(net):
         with torch.no_grad():
             net(images())
             handle.remove()
-            block.attn.qkv.weight[: 2 * WIDTH] *= (100 / largest.pop()) ** 0.5
+            block.attn.qkv.weight[: 2 * WIDTH] *= (size / largest.pop()) ** 0.5
 
 
 def massive_channels(net):
@@ -46,10 +46,15 @@ def massive_tokens(net):
     net.pos_embed[:, [2, 9]] *= 50
 
 
-def small_layer_scale(net):
+def massive_activation(net):
+    """Of 1e4, in one channel of one token, as trained ViTs have them from an early block on."""
+    net.pos_embed[:, 4, 3] = 1e4
+
+
+def small_layer_scale(net, size=1e-5):
     for block in net.blocks:
-        block.ls1.gamma.fill_(1e-5)
-        block.ls2.gamma.fill_(1e-5)
+        block.ls1.gamma.fill_(size)
+        block.ls2.gamma.fill_(size)
 
 
 def dead_and_duplicated_channels(net):
@@ -80,9 +85,12 @@ def tiny_activations(net):
 VITS = {
     "as drawn": lambda net: None,
     "one-hot rows": one_hot_rows,
+    "logits of 300": lambda net: one_hot_rows(net, 300),
     "massive channels": massive_channels,
     "massive tokens": massive_tokens,
+    "massive activation": massive_activation,
     "layer scale of 1e-5": small_layer_scale,
+    "layer scale of 1e-6": lambda net: small_layer_scale(net, 1e-6),
     "dead and duplicated channels": dead_and_duplicated_channels,
     "biases far above deviations": far_biases,
     "tiny activations": tiny_activations,
@@ -109,9 +117,9 @@ def norms(net):
     return [part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d)]
 
 
-def tiny_variances(net):
+def tiny_variances(net, size=1e-6):
     for norm in norms(net):
-        norm.running_var[::7] = 1e-6
+        norm.running_var[::7] = size
 
 
 def far_norm_biases(net):
@@ -128,6 +136,7 @@ def dead_norms(net):
 CNNS = {
     "as drawn": lambda net: None,
     "running variances of 1e-6": tiny_variances,
+    "running variances of 1e-10": lambda net: tiny_variances(net, 1e-10),
     "biases far above deviations": far_norm_biases,
     "dead channels": dead_norms,
     "float16 weights": lambda net: net.half(),

@@ -269,3 +269,12 @@ def test_the_command_draws_what_it_saves(tmp_path, pictures, capsys):
     np.testing.assert_array_equal(drawn[0], spot)
     assert "random (seed 0)" in figure._supxlabel.get_text()
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_the_share_of_peaks_is_that_of_tokens_that_have_a_cka_with_any_patch():
+    values = torch.eye(25, dtype=torch.float64)
+    assert localization.peak_share(values, 5, 5) == 1
+    values[12] = torch.nan
+    values[6] = values[7]
+    assert localization.peak_share(values, 5, 5) == 7 / 8
+    assert localization.peak_share(values * torch.nan, 5, 5).isnan()

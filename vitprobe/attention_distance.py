@@ -33,6 +33,7 @@ from vitprobe.running.measurement import Measurement, Watch, check_finite
 from vitprobe.running.options import Options, option
 from vitprobe.running.passes import measure_one
 from vitprobe.running.session import Batch, Session
+from vitprobe.statistics.attention_information import faint
 from vitprobe.statistics.moments import add_moments, mean_and_error, moment_shapes
 from vitprobe.tracing.attention import AttentionLayer, observe
 
@@ -214,21 +215,23 @@ class _Watch(Watch):
         found, table = self.maps[m], self.tables[m]
         shape = len(batch), len(found.layers), self.heads
         values = torch.full(shape, torch.nan, device=self.ready.device)
+        counts = torch.zeros_like(values)
 
         def reduce(i: int, block: Tensor, images: slice, queries: slice) -> None:
-            new = table[i].distance(block, queries, self.renormalise)
+            new, rows = table[i].distance(block, queries, self.renormalise)
             place = values[images, i, : block.shape[2]]
             place.copy_(new if queries.start == 0 else place + new)
+            counts[images, i, : block.shape[2]] += rows
 
-        with observe(self.ready.models[m].module, found, reduce):
+        among = [one.placed[:, 0, :, 0] > 0 for one in table] if self.renormalise else None
+        with observe(self.ready.models[m].module, found, reduce, among=among):
             yield
         for i, layer in enumerate(found.layers):
             finite = torch.isfinite(values[:, i, : layer.heads]).all()
             check_finite(finite, layer.label, self.ready.models[m], "attention of")
         rows = slice(self.starts[m], self.starts[m + 1])
-        add_moments(
-            self.sums, "distance", (rows,), values.to(self.sums["distance"].device, torch.float64)
-        )
+        each = (values / counts).to(self.sums["distance"].device, torch.float64)
+        add_moments(self.sums, "distance", (rows,), each)
 
     def result(self, meta: dict[str, Any]) -> AttentionDistanceResult:
         value, error = mean_and_error(self.sums, "distance")
@@ -266,25 +269,31 @@ class _Table:
     Attributes:
         pixels: (groups, queries, keys) distances; 0 where either stands nowhere.
         placed: (groups, 1, keys, 1) 1 where a key stands in the image.
-        count: how many queries of all groups do.
+        placed_queries: (groups, queries) 1 where a query does.
     """
 
     pixels: Tensor
     placed: Tensor
-    count: int
+    placed_queries: Tensor
 
-    def distance(self, block: Tensor, queries: slice, renormalise: bool) -> Tensor:
-        """These queries' part of the mean distance: (images, heads)."""
+    def distance(
+        self, block: Tensor, queries: slice, renormalise: bool
+    ) -> tuple[Tensor, Tensor | float]:
+        """The distances of these queries added up, and how many of all queries they are.
+
+        Both are (images, heads). Renormalised, a row that gives nothing to patches has no distance.
+        """
         pixels = self.pixels[:, queries].to(block.dtype)
         if renormalise:
             rows = (block * pixels[:, None]).sum(-1)
             mass = (block @ self.placed.to(block.dtype))[..., 0]
-            total = (rows / mass).where(mass > 0, 0).sum((1, 3))
-        elif len(pixels) == 1:
+            told = (mass >= faint(block.dtype)) & (self.placed_queries[:, None, queries] > 0)
+            return (rows / mass).where(told, 0).sum((1, 3)), told.sum((1, 3))
+        if len(pixels) == 1:
             total = (block.flatten(-2) @ pixels.flatten())[:, 0]
         else:
             total = (block * pixels[:, None]).sum((1, 3, 4))
-        return total / self.count
+        return total, float(self.placed_queries[:, queries].sum())
 
 
 def _tables(layers: list[AttentionLayer], device: torch.device) -> list[_Table]:
@@ -296,8 +305,8 @@ def _tables(layers: list[AttentionLayer], device: torch.device) -> list[_Table]:
         if key not in made:
             pixels = torch.from_numpy(layer.distances()).nan_to_num(0).float().to(device)
             placed = torch.from_numpy(np.isfinite(layer.keys[..., 0])).float().to(device)
-            count = int(np.isfinite(layer.queries[..., 0]).sum())
-            made[key] = _Table(pixels, placed[:, None, :, None], count)
+            asking = torch.from_numpy(np.isfinite(layer.queries[..., 0])).float().to(device)
+            made[key] = _Table(pixels, placed[:, None, :, None], asking)
         tables.append(made[key])
     return tables
 

@@ -211,11 +211,15 @@ class _Watch(Watch):
         found, tokens, model = self.maps[m], self.tokens[m], self.ready.models[m]
         home = self.sums["entropy"]
 
-        def reduce(i: int, block: Tensor, images: slice, queries: slice) -> None:
+        def masses(i: int, block: Tensor, images: slice, queries: slice) -> None:
             one, layer = tokens[i], found.layers[i]
             if images.start == 0 and queries.start == 0:
                 one.begin(len(batch), layer.heads, block)
-            finite = one.add(block, images, queries)
+            one.add_masses(block, images, queries)
+
+        def reduce(i: int, block: Tensor, images: slice, queries: slice) -> None:
+            one, layer = tokens[i], found.layers[i]
+            finite = one.information.add(block, images, queries)
             check_finite(finite, layer.label, model, "attention of")
             if images.stop < len(batch) or queries.stop < layer.queries.shape[1]:
                 return
@@ -224,7 +228,11 @@ class _Watch(Watch):
                 place = self.starts[m] + i, slice(0, layer.heads)
                 add_moments(self.sums, name, place, wide)
 
-        with observe(model.module, found, reduce):
+        among = [one.information.keys for one in tokens]
+        with (
+            observe(model.module, found, masses),
+            observe(model.module, found, reduce, among=among),
+        ):
             yield
 
     def result(self, meta: dict[str, Any]) -> AttentionStatisticsResult:
@@ -268,15 +276,12 @@ class _Tokens:
         self.information.begin(images, heads, like)
         self.given = {name: like.new_zeros(images, heads) for name in self.others}
 
-    def add(self, block: Tensor, images: slice, queries: slice) -> bool:
-        """Whether all is finite."""
-        finite = self.information.add(block, images, queries)
+    def add_masses(self, block: Tensor, images: slice, queries: slice) -> None:
         from_patches = self.information.queries[0, queries].to(block.dtype)
         for name, keys in self.others.items():
             # One group: the layer's tokens are those of a block.
             to_them = torch.stack([block[:, 0, :, :, key] for key in keys]).sum(0)
             self.given[name][images] += to_them @ from_patches / self.count
-        return finite
 
     def statistics(self) -> dict[str, Tensor]:
         """Each (images, heads)."""

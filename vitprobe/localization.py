@@ -59,10 +59,14 @@ def contrast(values: Tensor) -> Tensor:
 
 
 def peak_share(values: Tensor, rows: int, columns: int) -> Tensor:
-    """The share of interior tokens whose greatest CKA is that with their own patch."""
+    """The share of interior tokens whose greatest CKA is that with their own patch.
+
+    Of those that have a CKA with any; NaN where none has.
+    """
     inside = torch.zeros(rows, columns, dtype=torch.bool)
     inside[1:-1, 1:-1] = True
     chosen = inside.flatten().nonzero()[:, 0].to(values.device)
+    chosen = chosen[~values[chosen].isnan().all(1)]
     best = values.nan_to_num(-2)[chosen].argmax(1)
     return (best == chosen).double().mean()
 

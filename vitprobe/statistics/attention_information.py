@@ -8,8 +8,10 @@ from math import log
 import torch
 from torch import Tensor
 
-# Below it a probability is 0 in float32, and p ln p too.
-TINY = 1e-37
+
+def faint(dtype: torch.dtype) -> float:
+    """Sums of probabilities below this have too few digits to tell how they are shared out."""
+    return float(torch.finfo(dtype).tiny ** 0.5)
 
 
 @dataclass
@@ -17,8 +19,8 @@ class AttentionInformation:
     """Adds up the rows of one attention layer, block by block, for a batch of images.
 
     Rows and keys that do not count (class tokens, registers, padding) are dropped, and what is
-    left of a row is brought back to sum 1. Rows that give nothing to the keys that count are left
-    out.
+    left of a row is brought back to sum 1. Rows that give the keys that count next to nothing
+    (``faint``) are left out.
 
     Args:
         queries: (groups, queries) which count; groups attend each among themselves.
@@ -38,9 +40,9 @@ class AttentionInformation:
     def add(self, block: Tensor, images: slice, queries: slice) -> bool:
         """Rows (images, groups, heads, queries, keys); whether they are finite."""
         counted = self.keys.to(block.dtype)[:, None, :, None]
-        logs = block.clamp_min(TINY).log_().mul_(block)
+        logs = block.clamp_min(torch.finfo(block.dtype).tiny).log_().mul_(block)
         mass = (block @ counted)[..., 0]
-        kept = self.queries[:, None, queries] & (mass > 0)
+        kept = self.queries[:, None, queries] & (mass >= faint(block.dtype))
         # With a = A / S: -sum a ln a = ln S - sum A ln A / S.
         safe = mass.where(kept, 1)
         entropy = safe.log() - (logs @ counted)[..., 0] / safe
@@ -62,7 +64,7 @@ class AttentionInformation:
         """
         to_keys = self.to_keys * self.keys[:, None].to(self.to_keys)
         shares = to_keys / self.rows.where(self.rows > 0, torch.nan)[..., None]
-        of_keys = -(shares * shares.clamp_min(TINY).log()).sum(-1)
+        of_keys = -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum(-1)
         information = of_keys - self._rows_entropy()
         of_queries = self._log_count(self.rows)
         found = information / (of_queries * of_keys.clamp_min(0)).sqrt()

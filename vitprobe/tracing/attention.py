@@ -7,24 +7,33 @@ probability outlives its layer, and few exist at a time: 1,369 tokens cost no mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import BatchFailure, NotApplicable, VitprobeError
+from vitprobe.statistics.attention_information import faint
 from vitprobe.tracing.attention_map import AttentionLayer, AttentionMap, map_attention
 from vitprobe.tracing.attention_operations import AttentionObserver, Operation, joined
 from vitprobe.tracing.observing import observers_of, observing
-from vitprobe.tracing.rounding import decide, row_tolerance, same_twice, suspects
+from vitprobe.tracing.rounding import (
+    among_few,
+    decide,
+    row_tolerance,
+    same_twice,
+    suspects,
+)
 
 __all__ = ["AttentionLayer", "AttentionMap", "map_attention", "observe"]
 
 # Elements of a block of probabilities: near the caches of a CPU, few large launches elsewhere.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**21, 2**25
 
+_Again = Callable[[Tensor, Tensor], Tensor] | None
 Reduce = Callable[[int, Tensor, slice, slice], None]
 """``reduce(i, probabilities, images, queries)`` for layer i: float32 or float64 (images, groups,
 heads, queries, keys), and which images of the batch and which queries these are. The block must
@@ -38,6 +47,7 @@ def observe(
     reduce: Reduce | None = None,
     outputs: Callable[[int, Tensor], None] | None = None,
     only: Collection[int] | None = None,
+    among: Sequence[Tensor] | None = None,
 ) -> Iterator[None]:
     """Within it, every forward pass hands its attention to ``reduce``.
 
@@ -51,12 +61,17 @@ def observe(
         outputs: ``outputs(i, tensor)`` gets what layer i's heads put out, before heads are joined:
             (images, groups, heads, queries, features).
         only: numbers of the layers wanted; all by default.
+        among: (groups, keys) for each layer, which keys count for ``reduce``, which brings rows to
+            sum 1 among them. A row that gives these so little that its digits are lost is handed
+            over as it is among them alone, computed in float64 from queries and keys; where a
+            pass gives no more than the map, it stays as it is.
 
     Raises:
         VitprobeError: the probabilities are not those that made the layer's output, or the pass
             attends otherwise than the mapped one did. The hooks are gone afterwards.
     """
-    reader = _Reader(reduce, outputs, range(len(attention.layers)) if only is None else only)
+    chosen = range(len(attention.layers)) if only is None else only
+    reader = _Reader(reduce, outputs, chosen, among)
     for other in observers_of(module):
         if isinstance(other, _Observer) and other.attention is attention:
             other.readers.append(reader)
@@ -76,6 +91,18 @@ class _Reader:
     reduce: Reduce | None
     outputs: Callable[[int, Tensor], None] | None
     only: Collection[int]
+    among: Sequence[Tensor] | None
+
+    def take(self, i: int, block: Tensor, images: slice, queries: slice, again: _Again) -> None:
+        assert self.reduce is not None
+        if self.among is not None and again is not None:
+            counted = self.among[i]
+            given = (block @ counted[:, None, :, None].to(block.dtype))[..., 0]
+            few = given < faint(block.dtype)
+            if bool(few.any()):
+                block = block.clone()
+                block[few] = again(few, counted).to(block)
+        self.reduce(i, block, images, queries)
 
 
 class _Observer(AttentionObserver):
@@ -99,7 +126,7 @@ class _Observer(AttentionObserver):
         device = operation.query.device.type
         wanted = [reader for reader in self.readers if i in reader.only]
         outputs = [reader.outputs for reader in wanted if reader.outputs is not None]
-        reduces = [reader.reduce for reader in wanted if reader.reduce is not None]
+        reducing = [reader for reader in wanted if reader.reduce is not None]
         with torch.no_grad(), torch.autocast(device, enabled=False):
             if outputs:
                 if operation.out is None:
@@ -111,14 +138,14 @@ class _Observer(AttentionObserver):
                 out = layer.arrange(operation.out)
                 for take in outputs:
                     take(i, out)
-            if reduces:
-                for block, images, queries in self._blocks(layer, operation):
-                    for reduce in reduces:
-                        reduce(i, block, images, queries)
+            if reducing:
+                for block, images, queries, again in self._blocks(layer, operation):
+                    for reader in reducing:
+                        reader.take(i, block, images, queries, again)
 
     def _blocks(
         self, layer: AttentionLayer, operation: Operation
-    ) -> Iterator[tuple[Tensor, slice, slice]]:
+    ) -> Iterator[tuple[Tensor, slice, slice, _Again]]:
         shape = layer.queries.shape[1], layer.keys.shape[1]
         probabilities = None
         if operation.twice is not None:
@@ -141,6 +168,7 @@ class _Observer(AttentionObserver):
                 f"{layer.label} of {self.attention.model} has {found[0]} queries and {found[1]} "
                 f"keys in this pass, but {shape[0]} and {shape[1]} in the first."
             )
+        again: _Again = None
         for images, queries in _slices(layer, n, operation.query.device.type):
             if probabilities is not None:
                 block = _wide(probabilities[images, :, :, queries])
@@ -158,7 +186,10 @@ class _Observer(AttentionObserver):
                     layer, block @ wide_value, out[images, :, :, queries],
                     query[images, :, :, queries], key[images], wide_value, rows, operation.scale,
                 )  # fmt: skip
-            yield block, images, queries
+                again = partial(
+                    among_few, query[images, :, :, queries], key[images], rows, operation.scale
+                )
+            yield block, images, queries, again
 
     def _check_output(
         self, layer: AttentionLayer, own: Tensor, out: Tensor, query: Tensor, key: Tensor,

@@ -151,6 +151,38 @@ def _bounded(
     return exact, allowed + torch.finfo(dtype).tiny * (1 + value.abs().sum(0))
 
 
+def among_few(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, rows: Tensor, counted: Tensor
+) -> Tensor:
+    """Rows of attention among some of the keys alone, in float64, however little these get.
+
+    Args:
+        query, key: (images, groups, heads, tokens, features).
+        mask: (images, groups, heads, queries, keys), or None.
+        scale: s.
+        rows: (images, groups, heads, queries) which rows, R of them.
+        counted: (groups, keys) among which.
+
+    Returns:
+        (R, keys); 0 for other keys, and where the mask hides all of these.
+    """
+    image, group, head, row = rows.nonzero(as_tuple=True)
+    hidden, found = ~counted, []
+    pieces = max(1, PIECE // (key.shape[-2] * key.shape[-1]))
+    for n, g, h, q in zip(*(one.split(pieces) for one in (image, group, head, row))):
+        product = _exact(key[n, g, h]) @ _exact(query[n, g, h, q])[..., None]
+        scores = (scale * product)[..., 0]
+        without = hidden[g].to(scores.device)
+        if mask is not None:
+            own = mask[n, g, h, q].to(scores.device)
+            if own.dtype == torch.bool:
+                without = without | ~own
+            else:
+                scores = scores + own.double()
+        found.append(scores.masked_fill(without, -torch.inf).softmax(-1).nan_to_num(0))
+    return torch.cat(found)
+
+
 def same_twice(
     out: Tensor, again: Tensor, exactly: Callable[[], Tensor]
 ) -> tuple[float, float] | None:
