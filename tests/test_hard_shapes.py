@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from vitprobe import attention_distance, attention_statistics, wrap
 from vitprobe.errors import VitprobeError
 from vitprobe.tracing import attention
+from vitprobe.tracing.rounding import among_few
 
 U = 2.0**-24
 PATCH, N = 8, 4
@@ -196,3 +197,21 @@ def test_rows_without_a_distance_are_no_distance_of_0():
     rows = (maps / maps.sum(-1, keepdim=True))[:, :, :8]
     each = (rows * made.pixels()[:8]).sum(-1).mean((0, 2))
     np.testing.assert_allclose(result.distance_px[0], each, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "hidden", "added"])
+def test_rows_among_some_keys_are_those_rows_brought_to_sum_1(kind, monkeypatch):
+    """In windows, with a mask or without, and cut into pieces."""
+    monkeypatch.setattr("vitprobe.tracing.rounding.PIECE", 5 * 7 * 4)
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 3, 5, 4), torch.randn(2, 3, 3, 7, 4)
+    mask = None if kind == "none" else torch.rand(2, 3, 3, 5, 7) > 0.3
+    if mask is not None:
+        mask[..., 0] = True
+    if kind == "added":
+        mask = torch.randn(mask.shape).masked_fill(~mask, -torch.inf)
+    rows, counted = torch.rand(2, 3, 3, 5) > 0.5, torch.rand(3, 7) > 0.4
+    counted[:, 0] = True
+    exact = attention_joined(query.double(), key.double(), mask, 0.5) * counted[:, None, None]
+    found = among_few(query, key, mask, 0.5, rows, counted)
+    torch.testing.assert_close(found, (exact / exact.sum(-1, keepdim=True))[rows])

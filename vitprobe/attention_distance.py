@@ -9,8 +9,9 @@ strides, pooling, windows and their shifts.
 
 Choices made: tokens that stand nowhere (class tokens, registers, padding) are neither queries nor
 keys, and by default the rest of a row is not brought back to sum 1, as in the papers' code, so that
-attention to a class token counts as no distance; ``--renormalise`` does. The line "uniform" is what
-equal attention to all patches gives that a query can see. Standard errors over images.
+attention to a class token counts as no distance; ``--renormalise`` does, and leaves out rows whose
+float32 map has nothing for patches. The line "uniform" is what equal attention to all patches gives
+that a query can see. Standard errors over images.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ every query has a key of its own and 0 where all queries attend alike; and the s
 that patches give to the class token and to registers.
 
 Choices made: queries and keys that stand nowhere in the image are dropped, and what is left of a
-row is brought back to sum 1; their shares are those before that. Within windows N is the number of
-the window's patches, and the mean over windows is taken. Standard errors over images.
+row is brought back to sum 1, however little it is; their shares are those before that. A row whose
+float32 map has nothing for patches is left out. Within windows N is the number of the window's
+patches, and the mean over windows is taken. Standard errors over images.
 """
 
 from __future__ import annotations
