@@ -180,3 +180,8 @@ def test_images_in_another_order_are_told(images, tmp_path):
                         out=tmp_path / str(seed), seed=seed, **OPTIONS)  # fmt: skip
     with pytest.raises(VitprobeError, match="in another order: image 0 is"):
         cka.from_features([tmp_path / "0", tmp_path / "1"])
+
+
+def test_names_that_differ_in_case_alone_are_one_folder_elsewhere(images, tmp_path):
+    with pytest.raises(VitprobeError, match="would be written to one folder"):
+        extract.extract(models(), images, out=tmp_path, names=["net", "Net"], **OPTIONS)

@@ -156,7 +156,9 @@ def test_first_items_that_would_end_the_run_are_one_line(tmp_path):
             open_images(source)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="processes that are forked see the test's functions")
+@pytest.mark.skipif(
+    loading._anew(), reason="only processes that are forked see the test's function"
+)
 def test_a_decoding_process_that_ends_by_itself_is_told_with_its_status(tmp_path):
     folder(tmp_path, [(32, 32)] * 39 + [(40, 32)])
 
@@ -260,6 +262,55 @@ def test_transforms_that_cannot_be_sent_are_used_without_processes(pictures, tmp
     told = done.stderr.splitlines()
     assert len(told) == 2 and all("images are decoded in this process: a transform cannot" in line
                                   for line in told)  # fmt: skip
+
+
+SOURCES = """
+import multiprocessing, sys, torch, torchvision
+from torch import nn
+from torchvision.transforms import v2
+from vitprobe import cka, wrap
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, root):
+        self.files = torchvision.datasets.ImageFolder(root)
+    def __len__(self):
+        return len(self.files)
+    def __getitem__(self, index):
+        return {"image": self.files[index][0], "label": index % 2}
+
+def main():
+    root = sys.argv[1]
+    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    rows = Rows(root)
+    loader = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=list)
+    unsent = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=lambda rows: rows)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    found = []
+    for method, source, workers in [
+        (None, root, 0), ("spawn", root, 2), (None, rows.files, 0), ("forkserver", rows.files, 1),
+        ("spawn", rows, 1), ("spawn", loader, 1), ("spawn", unsent, 1),
+    ]:
+        if method in multiprocessing.get_all_start_methods():
+            multiprocessing.set_start_method(method, force=True)
+        result = cka.measure(wrap(net, "net", to_tensor), source, layers=["0", "2"],
+                             batch_size=4, workers=workers)
+        print(type(source).__name__, result.meta["n"], float(result.cka[0, 1]), flush=True)
+"""
+
+
+def test_sources_of_all_kinds_are_sent_to_processes_that_start_anew(pictures, tmp_path):
+    done = started_anew(SOURCES + GUARD, pictures, tmp_path, [])
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _, _ in lines] == [
+        "str", "str", "ImageFolder", "ImageFolder", "Rows", "DataLoader", "DataLoader"
+    ], done.stderr  # fmt: skip
+    assert {n for _, n, _ in lines} == {"12"}
+    # torchvision sorts names in another way, and a loader has an order of its own.
+    for same in (lines[:2], lines[2:5], lines[5:]):
+        assert len({value for _, _, value in same}) == 1
+    (told,) = done.stderr.splitlines()
+    assert "images are decoded in this process: what gives them cannot be sent to others" in told
 
 
 def test_what_a_session_without_a_file_defines_is_used_without_processes(pictures, tmp_path):

@@ -1,9 +1,11 @@
 """Names are text: what folders, files, models, layers and titles are called does nothing."""
 
+import argparse
 import csv
 import io
 import os
 import xml.etree.ElementTree
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vitprobe import VitprobeError, cka, load_result, report, wrap
+from vitprobe import VitprobeError, cka, cli, load_result, report, wrap
 from vitprobe.errors import shown
 from vitprobe.report import command as report_command
 from vitprobe.results.drawing import new_figure, render, short, style
@@ -154,3 +156,38 @@ def test_svg_without_characters_that_xml_has_not(tmp_path):
         figure = new_figure(3, 2)
         figure.subplots().set_title(short("a\x01b\x1bc"))
     xml.etree.ElementTree.fromstring(render(figure, "svg"))
+
+
+# Names that some systems keep for themselves
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("aux", "_aux"), ("CON", "_CON"), ("nul.0", "_nul.0"), ("com1.weights", "_com1.weights"),
+     ("console", "console"), ("auxiliary", "auxiliary"), ("..", "_"), (".", "_"), ("a..", "a"),
+     ("C:\\nets\\a", "C_nets_a"), ("a/../b", "a_.._b"), ("=SUM(A1)", "SUM_A1"),
+     ("\u202egnp", "gnp"),
+     ("rm -rf $HOME", "rm_-rf_HOME"), ("\x1b[31mred", "31mred")],
+)  # fmt: skip
+def test_parts_of_file_names_are_none_on_all_systems(text, word):
+    found = cli.as_word(text)
+    assert found == word
+    # What Windows would read out of it is the very name.
+    path = PureWindowsPath(found)
+    assert path.parts == (found,) and not path.drive
+
+
+def test_stems_that_windows_takes_for_something_else_are_known():
+    for stem in ("aux", "NUL.x", "results:today", "a*b", "who?"):
+        assert not cli._is_windows_name(stem)
+    for stem in ("auxiliary", "cka-aux", "x.y", "ä 图"):
+        assert cli._is_windows_name(stem)
+
+
+def test_long_names_in_any_script_end_in_a_file_name_of_bounded_length(tmp_path):
+    args = argparse.Namespace(stem=None, names=["图" * 60, "é" * 60, "z" * 60], models=None)
+    name = cli.stem(args, "cka")
+    assert len(name.encode()) <= cli.MAX_STEM and name.startswith("cka-图图")
+    cli.check_writable(tmp_path, name)
+    args.names[1] = "è" * 60
+    assert cli.stem(args, "cka") != name

@@ -33,6 +33,9 @@ INTERRUPTED, FAILED = 130, 2
 GRACE_S = 1.0
 MAX_STEM = 120
 DEFAULT_OUT = "vitprobe-out"
+# Windows opens devices under these names, whatever follows a dot, and keeps these characters.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_KEPT_BY_WINDOWS = '<>:"|?*\\/'
 # Set by the shell while it asks: argcomplete's, its value the place of the command in the line.
 COMPLETION = "_ARGCOMPLETE"
 # What every command runs on when nothing is said; they come with vitprobe.
@@ -230,7 +233,8 @@ def stem(args: argparse.Namespace, name: str) -> str:
     if len(full.encode()) <= MAX_STEM:
         return full
     # Many models: file systems end names at 255 bytes.
-    return f"{full[:100]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+    cut = full.encode()[:100].decode(errors="ignore")
+    return f"{cut}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
 
 
 def slug(spec: str) -> str:
@@ -240,8 +244,9 @@ def slug(spec: str) -> str:
 
 
 def as_word(text: str) -> str:
-    """A text as part of a file name."""
-    return re.sub(r"[^\w.+-]+", "_", text)[:60].strip("_") or "_"
+    """A text as part of a file name, or as a whole one, on any system."""
+    word = re.sub(r"[^\w.+-]+", "_", text)[:60].strip("_").rstrip("._") or "_"
+    return f"_{word}" if _DEVICES.fullmatch(word) else word
 
 
 def run(
@@ -336,6 +341,8 @@ def check_writable(out: Path, stem: str) -> None:
     """Fail before the work, not after it: no folder, no right to write, no such name."""
     if Path(stem).name != stem:
         raise VitprobeError(f"--stem: expected a file name without folders, not {stem!r}.")
+    if os.name == "nt" and not _is_windows_name(stem):
+        raise VitprobeError(f"--stem: Windows has no files of the name {stem!r}.")
     check_folder(out)
     try:
         # As long as the longest name that is to come, that of a state being written.
@@ -345,6 +352,11 @@ def check_writable(out: Path, stem: str) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise VitprobeError(f"--out: {out / stem} cannot be written: {reason}.") from error
+
+
+def _is_windows_name(stem: str) -> bool:
+    """Whether Windows writes a file of this name, rather than a device or a stream of another."""
+    return not _DEVICES.fullmatch(stem) and not any(one in stem for one in _KEPT_BY_WINDOWS)
 
 
 def command(

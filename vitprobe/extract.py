@@ -115,7 +115,8 @@ def _check_folder(home: Path, ready: Session) -> None:
 
 def _folders(home: Path, ready: Session) -> list[Path]:
     names = [cli.as_word(model.name) for model in ready.models]
-    if len(set(names)) < len(names):
+    # Many file systems take names that differ in case alone for one.
+    if len({name.lower() for name in names}) < len(names):
         raise VitprobeError("--names: two models would be written to one folder; name them apart.")
     return [home / name for name in names]
 

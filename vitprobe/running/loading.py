@@ -234,10 +234,11 @@ def _cannot_be_sent(dataset: TransformedImages) -> str:
     if file is not None and not by_name and not Path(file).is_file():
         return "processes that start anew cannot read the script again, which has no file."
     pickler = _Trial(_Nowhere(), protocol=5, buffer_callback=lambda buffer: False)
-    try:
-        pickler.dump(dataset)
-    except Exception as error:
-        return f"a transform cannot be sent to others ({describe(error)})."
+    for thing, called in ((dataset.images, "what gives them"), (dataset, "a transform")):
+        try:
+            pickler.dump(thing)
+        except Exception as error:
+            return f"{called} cannot be sent to others ({describe(error)})."
     if pickler.of_main and file is None and not by_name:
         return f"{pickler.of_main} is defined in a session that others cannot read."
     return ""
