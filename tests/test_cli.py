@@ -14,10 +14,16 @@ import pytest
 from vitprobe import __main__, cka, load_result, redraw
 from vitprobe.catalogue import GROUPS, measurements
 
+# Of old releases of matplotlib beside new ones of what they need.
+OLD = ("matplotlib._fontconfig_pattern", "matplotlib._mathtext")
+WARNINGS = ["-W", "error", *(f"-Wignore::DeprecationWarning:{name}" for name in OLD)]
+# Of torch before 2.7, as Python ends.
+WARNINGS.append("-Wignore:Implicitly cleaning up:ResourceWarning")
+
 
 def run(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", *arguments],
+        [sys.executable, *WARNINGS, "-m", *arguments],
         capture_output=True, text=True, timeout=300, **options,
     )  # fmt: skip
 

@@ -181,7 +181,7 @@ class FrequencyResult(Result):
                 ax.axvspan(k - 1, k, color=SHADES[str(self.kind[rows[k]])], alpha=0.25, linewidth=0)
         # A line ends where the size of the maps changes, and where a sublayer takes up another map.
         apart = (np.diff(grids, axis=0) != 0).any(1)
-        if self.kind[rows].any():
+        if (self.kind[rows] != "").any():
             apart |= self.kind[rows][1:] == ""
         ends = np.flatnonzero(apart) + 1
         values = np.where(np.isfinite(values), values, np.nan)

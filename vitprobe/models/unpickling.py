@@ -72,7 +72,7 @@ def load(path: Path) -> Any:
                 file.seek(0)
                 with nullcontext() if file is source else file:
                     return torch.load(file, map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
+        except (UnpicklingError, TypeError) as error:
             wrong = _filled(str(error), stand_ins)
             if wrong is None:
                 raise
@@ -91,7 +91,12 @@ def _stand_in(name: str, like: type | None = None) -> Any:
 def _filled(reason: str, stand_ins: dict[str, Any]) -> tuple[str, type] | None:
     """Which stand-in was to be filled, and like what."""
     for name, one in stand_ins.items():
-        if issubclass(one, StandIn) and f"but got {one}" in reason:
+        if not issubclass(one, StandIn):
+            continue
+        # torch before 2.7 leaves it to Python to refuse.
+        if reason == f"'{one.__name__}' object does not support item assignment":
+            return name, OrderedDict
+        if f"but got {one}" in reason:
             if "SETITEM" in reason:
                 return name, OrderedDict
             if "append" in reason:

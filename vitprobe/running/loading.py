@@ -187,9 +187,11 @@ def batches(
     for number in range(len(positions)):
         try:
             columns, places, failures = next(loaded)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             if number == 0 and decoder_ended(error) and _anew():
                 raise VitprobeError(_NEVER_BEGAN) from error
+            if workers and (decoder_ended(error) or not isinstance(error, RuntimeError)):
+                raise _ended(getattr(loaded, "_workers", ()), error) from error
             raise
         for _, failure in failures:
             if failure.stops:
@@ -292,23 +294,32 @@ def decoder_ended(error: BaseException) -> bool:
 def decoder_status(error: BaseException) -> int | None:
     """The exit status of a decoding process that has ended by itself; None for one that was ended.
 
-    Args:
-        error: torch's word for its end, or a broken connection.
+    torch has it in the exception or in one of its causes.
     """
     cause: BaseException | None = error
     while cause is not None:
         if decoder_ended(cause) and (status := re.search(r"exit code (\d+)", str(cause))):
             return int(status[1])
         cause = cause.__cause__
-    if decoder_ended(error):
-        return None
-    # A connection breaks a moment before the process is gone and torch says so.
+    return None
+
+
+def _ended(decoders: Sequence[Any], error: BaseException) -> BaseException:
+    """What has become of the decoding processes, where ``error`` does not tell.
+
+    A connection breaks a moment before the process is gone.
+    """
+    if decoder_status(error) is not None:
+        return error
     try:
-        ending = {child.sentinel: child for child in multiprocessing.active_children()}
+        ending = {decoder.sentinel: decoder for decoder in decoders}
         for sentinel in multiprocessing.connection.wait(list(ending), timeout=GRACE_S):
-            ending[sentinel].join(GRACE_S)  # type: ignore[index]
+            decoder = ending[sentinel]
+            decoder.join(GRACE_S)
+            if decoder.exitcode and decoder.exitcode > 0:
+                return RuntimeError(f"DataLoader worker: exit code {decoder.exitcode}")
     except RuntimeError as late:
         if not decoder_ended(late):
             raise
-        return decoder_status(late)
-    return None
+        return late
+    return error
