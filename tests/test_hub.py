@@ -3,10 +3,14 @@
 import hashlib
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -107,9 +111,38 @@ def folder(tmp_path_factory):
 
 def at(monkeypatch, address):
     """The client's hub is at this address, as with HF_ENDPOINT in the environment."""
+    if int(huggingface_hub.__version__.split(".")[0]) < 1:
+        pytest.skip("clients before 1.0 ask for their address once, and take their time")
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+WITH_ADDRESS = """
+from vitprobe import VitprobeError, load_model
+for spec in ("hf-hub:me/net", "hf-hub:me/gone"):
+    try:
+        print(load_model(spec).origin)
+    except VitprobeError as error:
+        print(error)
+"""
+
+
+def test_the_address_in_the_environment_is_asked_by_clients_of_all_versions(folder, tmp_path):
+    server = Hub(folder)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    environment |= {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path),
+                    "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}  # fmt: skip
+    try:
+        done = subprocess.run([sys.executable, "-c", WITH_ADDRESS], env=environment,
+                              capture_output=True, text=True, timeout=300)  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    loaded, gone = done.stdout.splitlines()
+    assert loaded.startswith("test_vit, weights of hf-hub:me/net (sha256 ")
+    assert gone.startswith("The model hub has no me/gone (404): check the name")
 
 
 @pytest.fixture
