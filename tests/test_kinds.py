@@ -424,8 +424,8 @@ def test_sharded_and_distributed_modules_have_the_numbers_of_the_plain_one(tenso
     if not dist.is_available() or dist.is_initialized():
         pytest.skip("needs a process group of its own")
     sharding = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(sharding, "fully_shard"):
-        pytest.skip("torch 2.6 shards by function")
+    if not hasattr(sharding, "fully_shard") or torch.__version__.startswith("2.6"):
+        pytest.skip("torch 2.6 shards on cards alone")
 
     def net():
         torch.manual_seed(0)
