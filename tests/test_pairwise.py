@@ -77,6 +77,19 @@ def test_the_lines_drawn_are_the_diagonals(result):
     assert figure.axes[0].get_legend().texts[0].get_text() == "small × larger"
 
 
+def test_pairs_of_two_depths_are_drawn_over_the_share_of_depth(result, images):
+    axes = result.plot().axes[0]
+    assert axes.get_xlabel() == "layer (names of small)"
+    assert [text.get_text() for text in axes.get_xticklabels()] == list(result.layers[:6])
+    deeper = wrap(timm.create_model("test_vit2"), name="deeper")
+    axes = cka.measure([SMALL, LARGE, deeper, deeper], images, pairwise=True).plot().axes[0]
+    places = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+    depths = [len(place) for place in places]
+    assert depths[0] < depths[1] and axes.get_xlabel() == "depth (share of layers)"
+    for place, depth in zip(places, depths):
+        np.testing.assert_allclose(place, np.linspace(0, 1, depth))
+
+
 def test_what_does_not_pair_is_refused(images):
     with pytest.raises(VitprobeError, match=r"in pairs.*not 3"):
         cka.measure([SMALL, LARGE, SMALL], images, pairwise=True)

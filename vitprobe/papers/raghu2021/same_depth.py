@@ -90,19 +90,22 @@ def _third(line: Tensor, direction: slice) -> Tensor:
 
 def draw(ax: Any, result: Any) -> Any:
     """A line per pair, CKA against depth, with standard errors; ``result`` is a ``CKAResult``."""
-    for one in result.meta["same_depth"]:
-        a, b = one["pair"]
+    pairs = [one["pair"] for one in result.meta["same_depth"]]
+    named = [result.layers[result.model_of_layer == a] for a, _ in pairs]
+    # Pairs of several depths have no layers in common, only shares of their depth.
+    alike = len({len(names) for names in named}) == 1
+    for (a, b), names in zip(pairs, named):
         value, error = result.diagonal(a, b)
+        x = np.arange(len(names)) / (1 if alike else max(1, len(names) - 1))
         ax.errorbar(
-            np.arange(len(value)), value, error, marker="o", markersize=3, capsize=2,
+            x, value, error, marker="o", markersize=3, capsize=2,
             label=f"{result.models[a]} × {result.models[b]}",
         )  # fmt: skip
-    longest = max(
-        (one["pair"][0] for one in result.meta["same_depth"]),
-        key=lambda model: (result.model_of_layer == model).sum(),
-    )
-    names = [str(name) for name in result.layers[result.model_of_layer == longest]]
-    drawing.layer_axis(ax.xaxis, names, f"layer (names of {result.models[longest]})")
+    if alike:
+        label = f"layer (names of {result.models[pairs[0][0]]})"
+        drawing.layer_axis(ax.xaxis, [str(name) for name in named[0]], label)
+    else:
+        ax.set_xlabel("depth (share of layers)")
     ax.set_ylabel("CKA at the same depth")
     ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.02)
     ax.legend()
