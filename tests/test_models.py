@@ -210,12 +210,15 @@ def test_wrapped_models_of_one_class_keep_their_own_transforms():
 
 
 def test_a_caption_tells_images_from_how_often_they_were_seen():
-    assert load_model("vit_small_box").origin == "bundled, trained on 320,000 images"
-    little = load_model("vit_small_box_10pct").origin
-    assert little == "bundled, trained on 32,000 images, 10 times each"
-    assert load_model("vit_gap_box").origin == (
-        "bundled, from vit_small_box after 96,000 images, without its class token, then trained "
-        "on 160,000 images"
+    assert load_model("resnet_box").origin == "bundled, trained on 80,000 images"
+    little = load_model("resnet_box_10pct").origin
+    assert little == "bundled, trained on 8,000 images, 10 times each"
+    masked = "bundled, from masked pretraining on"
+    assert load_model("vit_small_box").origin == (
+        f"{masked} 316,672 images, then trained on 99,968 images"
+    )
+    assert load_model("vit_small_box_10pct").origin == (
+        f"{masked} 10,000 images, 32 times each, then trained on 10,000 images, 10 times each"
     )
 
 
