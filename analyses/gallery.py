@@ -41,7 +41,6 @@ class Figure:
         script: its path, whose stem is that of the files drawn.
         command: a measurement, such as ``vitprobe.cka``.
         note: what differs from the paper's figure, as part of the title.
-        needs: bundled models without which there is nothing to draw.
         arguments: options of the command, ``num_images=512`` for ``--num-images 512``.
     """
 
@@ -52,12 +51,10 @@ class Figure:
         command: ModuleType,
         *,
         note: str = "",
-        needs: Sequence[str] = (),
         **arguments: Any,
     ) -> None:
         self.stem, self.command, self.arguments = Path(script).stem, command, arguments
         self.title, self.note = (doc or "").split("\n")[0].rstrip("."), note
-        self.missing = [name for name in needs if name not in bundled_models()]
 
     def command_line(self, given: Sequence[str] = ()) -> list[str]:
         """All arguments of the command; of an option given twice it takes the last."""
@@ -71,16 +68,6 @@ class Figure:
             if value is not True:
                 line += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
         return [*line, *given]
-
-    def lacks(self, given: Sequence[str] = ()) -> list[str]:
-        """Bundled models that are missing, unless others are given."""
-        return [] if _models_in(given) else self.missing
-
-    def why_not(self) -> str:
-        """Why there is no figure without other models."""
-        return (
-            f"{' and '.join(self.missing)} {'is' if len(self.missing) == 1 else 'are'} not bundled"
-        )
 
     def is_there(self, out: Path, given: Sequence[str] = ()) -> bool:
         """Whether this command, version and weights have drawn the figure in ``out`` already."""
@@ -101,9 +88,6 @@ class Figure:
     def main(self, given: Sequence[str] | None = None) -> int:
         """Measure, save, print the paths and the findings; the exit status of the command."""
         given = sys.argv[1:] if given is None else given
-        if self.lacks(given):
-            print(f"{self.stem}: left out, as {self.why_not()}")
-            return 0
         # From here on the process is that command: the file says how to make it without the script.
         before = sys.argv
         sys.argv = [str(self.command.__file__), *self.command_line(given)]

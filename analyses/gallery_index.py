@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from gallery import command_of
@@ -65,7 +64,6 @@ def write(folder: Path, scripts: Sequence[str]) -> Path:
         parts += [f"## {paper}\n", *drawn] if drawn else []
     others = [_entry(folder, n, r) for n, r in results.items() if n not in (*mine, QUICK_START)]
     parts += [ELSEWHERE, *others] if others else []
-    parts += _left_out([name for name in scripts if name not in results])
     page = folder / "README.md"
     page.write_text("\n".join(parts), encoding="utf-8")
     return page
@@ -100,12 +98,3 @@ def _entry(folder: Path, name: str, result: Result) -> str:
 def _decided(finding: Finding) -> str:
     """What decided it: over which layers, and the numbers."""
     return f"over {finding.over}: {finding.numbers}" if finding.over else finding.numbers
-
-
-def _left_out(names: Sequence[str]) -> list[str]:
-    lines = []
-    for name in names:
-        figure = import_module(name).FIGURE
-        if figure.missing:
-            lines.append(f"- {figure.title}: {figure.why_not()} (`python analyses/{name}.py`).")
-    return ["## Not drawn\n", *lines, ""] if lines else []

@@ -10,22 +10,14 @@ Nearest to the paper's, with IMAGENET a folder:
 from gallery import Figure
 
 from vitprobe import attention_distance
-from vitprobe.models.loading import bundled_models
 
-ALL = "vit_small_box"
-LITTLE = f"{ALL}_10pct"
-# Without a network trained on a tenth of the images, the one trained on none stands in for it.
-if LITTLE in bundled_models():
-    FIGURE = Figure(__doc__, __file__, attention_distance, models=[LITTLE, ALL], num_images=1024)
-else:
-    FIGURE = Figure(
-        __doc__,
-        __file__,
-        attention_distance,
-        note="an untrained network in place of one trained on little",
-        models=[f"{ALL}@random", ALL],
-        num_images=1024,
-    )
+FIGURE = Figure(
+    __doc__,
+    __file__,
+    attention_distance,
+    models=["vit_small_box_1pct", "vit_small_box_10pct", "vit_small_box"],
+    num_images=1024,
+)
 
 if __name__ == "__main__":
     raise SystemExit(FIGURE.main())

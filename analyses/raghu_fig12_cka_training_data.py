@@ -1,7 +1,7 @@
 """Raghu et al. 2021, Figure 12: CKA with networks trained on less data, block by block.
 
-Look for: networks trained on a tenth of the images and on all of them are alike in low blocks
-and less and less so in high ones.
+Look for: networks trained on a part of the images and on all of them are alike in low blocks and
+less and less so in high ones.
 
 No such series of the paper is public. With your own, from little to much data:
     --pairwise LITTLE ALL HALF ALL
@@ -10,17 +10,14 @@ No such series of the paper is public. With your own, from little to much data:
 from gallery import Figure
 
 from vitprobe import cka
-from vitprobe.models.loading import bundled_models
 
-LITTLE = [n for n in ("vit_small_box", "resnet_box") if f"{n}_10pct" in bundled_models()]
-PAIRS = [model for name in LITTLE or ["resnet_box"] for model in (f"{name}_10pct", name)]
+LITTLE = [(f"{name}_{share}", name) for name in ("vit_small_box", "resnet_box")
+          for share in ("1pct", "10pct")]  # fmt: skip
 FIGURE = Figure(
     __doc__,
     __file__,
     cka,
-    note="" if len(LITTLE) == 2 else "one family of networks, on a tenth of the images",
-    needs=PAIRS,
-    pairwise=PAIRS,
+    pairwise=[model for pair in LITTLE for model in pair],
     num_images=1024,
     batch_size=128,
 )

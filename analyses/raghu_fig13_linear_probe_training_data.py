@@ -9,18 +9,14 @@ No such series of the paper is public. With your own:
 from gallery import Figure
 
 from vitprobe import linear_probe
-from vitprobe.models.loading import bundled_models
 
-LITTLE = [n for n in ("vit_small_box", "resnet_box") if f"{n}_10pct" in bundled_models()]
-MODELS = [model for name in LITTLE or ["resnet_box"] for model in (f"{name}_10pct", name)]
 FIGURE = Figure(
     __doc__,
     __file__,
     linear_probe,
-    note="" if len(LITTLE) == 2 else "one family of networks, on a tenth of the images",
-    needs=MODELS,
-    models=MODELS,
-)
+    models=[f"{name}{share}" for name in ("vit_small_box", "resnet_box")
+            for share in ("_1pct", "_10pct", "")],
+)  # fmt: skip
 
 if __name__ == "__main__":
     raise SystemExit(FIGURE.main())

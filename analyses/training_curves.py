@@ -50,9 +50,7 @@ def draw(curves: dict[str, np.ndarray]) -> plt.Figure:
         axes[-2].plot(seen / 1000, loss, color=colours[name], label=name)
         axes[-1].plot(seen / 1000, 100 * accuracy, color=colours[name])
     if masked:
-        axes[0].set(
-            xlabel="images seen (thousands)", ylabel="loss on masked patches (dotted: test scenes)"
-        )
+        axes[0].set(xlabel="images seen (thousands)", ylabel="masked loss (dotted: on test scenes)")
     axes[-2].set(xlabel="labels seen (thousands)", ylabel="training loss (nats)", ylim=(0, None))
     axes[-1].set(xlabel="labels seen (thousands)", ylabel="test accuracy (%)", ylim=(0, 100))
     axes[-1].axhline(10, color="0.6", lw=0.8, ls=":")

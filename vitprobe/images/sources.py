@@ -35,7 +35,6 @@ from vitprobe.images.folders import (
     classes_of,
     image_files,
     is_litter,
-    shown_classes,
 )  # fmt: skip
 from vitprobe.images.loaders import LoaderSource
 
@@ -354,7 +353,7 @@ def _labelled(
         _digest(parts),
         names=names,
         labels=labels,
-        classes=shown_classes(classes),
+        classes=tuple(shown(name) for name in classes),
     )
 
 
