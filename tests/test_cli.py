@@ -140,6 +140,15 @@ def test_ctrl_c_says_how_to_go_on_exits_130_and_the_same_command_does(tmp_path):
     assert {p.suffix for p in out.iterdir()} == {".png", ".npz"}
 
 
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "import_module", interrupted)
+    assert __main__.main(["cka"]) == 130
+    assert capsys.readouterr().err == "vitprobe: Stopped.\n"
+
+
 def test_debug_shows_the_traceback(pictures, tmp_path, capsys):
     assert cka.main([*arguments(pictures, tmp_path), "--models", "nope", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err

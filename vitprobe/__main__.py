@@ -61,6 +61,15 @@ def overview(known: dict[str, str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The installed script ``vitprobe``."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        # While libraries are loaded, which takes seconds; later on the commands see to it.
+        print("vitprobe: Stopped.", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = commands()
     if "_ARGCOMPLETE" in os.environ:

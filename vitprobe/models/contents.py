@@ -99,6 +99,8 @@ def _file_of(path: Path) -> tuple[Path, str]:
     if not path.is_file():
         if path.exists():
             raise VitprobeError(f"--models: {str(path)!r} is not a regular file.")
+        if path.is_symlink():
+            raise VitprobeError(f"--models: {str(path)!r} is a link that leads nowhere.")
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise VitprobeError(
             f"--models: no such weights file: {str(path)!r}.{nearest(path.name, siblings)}"
