@@ -364,3 +364,34 @@ def test_processes_that_decode_leave_telling_to_the_main_one(monkeypatch, capsys
     assert told == [KeyboardInterrupt, ValueError, ValueError]
     monkeypatch.undo()
     assert queue._on_queue_feeder_error is before
+
+
+ENDED = "DataLoader worker (pid 1) is killed by signal: Killed. "
+
+
+@pytest.mark.parametrize("error", [RuntimeError(ENDED), EOFError(), ConnectionResetError(104, "x")])
+def test_an_ended_process_that_left_no_status_is_told(error, monkeypatch, tmp_path):
+    """torch tells of it while a batch is fetched, or a connection breaks: no cause of itself."""
+
+    class Breaks:
+        def __init__(self, *args, **kwargs):
+            self._workers = ()
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise error
+
+    monkeypatch.setattr(loading, "DataLoader", Breaks)
+    with pytest.raises(VitprobeError, match="ended a process that decodes images") as told:
+        measured(np.zeros((8, 32, 32, 3), np.uint8), to_tensor, workers=1)
+    assert told.value.__cause__ is error and error.__cause__ is None
+
+
+def test_the_status_of_a_process_is_sought_in_causes_that_come_to_an_end():
+    first, second = RuntimeError(ENDED), RuntimeError("DataLoader worker: exit code 7")
+    first.__cause__ = first
+    assert loading.decoder_status(first) is None
+    first.__cause__, second.__cause__ = second, first
+    assert loading.decoder_status(first) == 7

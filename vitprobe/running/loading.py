@@ -191,7 +191,9 @@ def batches(
             if number == 0 and decoder_ended(error) and _anew():
                 raise VitprobeError(_NEVER_BEGAN) from error
             if workers and (decoder_ended(error) or not isinstance(error, RuntimeError)):
-                raise _ended(getattr(loaded, "_workers", ()), error) from error
+                ended = _ended(getattr(loaded, "_workers", ()), error)
+                if ended is not error:
+                    raise ended from error
             raise
         for _, failure in failures:
             if failure.stops:
@@ -297,9 +299,12 @@ def decoder_status(error: BaseException) -> int | None:
     torch has it in the exception or in one of its causes.
     """
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    # Causes can go in a circle.
+    while cause is not None and id(cause) not in seen:
         if decoder_ended(cause) and (status := re.search(r"exit code (\d+)", str(cause))):
             return int(status[1])
+        seen.add(id(cause))
         cause = cause.__cause__
     return None
 
