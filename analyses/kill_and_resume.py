@@ -38,11 +38,17 @@ MEASUREMENTS: dict[str, list[str]] = {
     "attention_distance": [VIT, "vit_small_box"],
     "head_subsets": [VIT, CNN],
     "attention_rollout": [VIT],
+    "attention_statistics": [VIT],
     "receptive_field": [VIT, CNN, "--channels", "4"],
     "skip_ratio": [VIT, CNN],
     "skip_ablation": [VIT],
     "linear_probe": [VIT, CNN, "--shots", "3"],
     "localization": [VIT, CNN],
+    "frequency": [VIT, CNN],
+    "token_norms": [VIT, CNN],
+    "patch_pca": [VIT],
+    "neighbours": [VIT, CNN],
+    "occlusion": [VIT, CNN],
 }
 
 

@@ -3,7 +3,7 @@
     python analyses/memory_over_time.py
 
 Each runs in a process of its own. Prints its resident memory after some batches, and how much more
-that is after the last of them than after the first, beside what the pictures of the batches in
+that is after the last of them than after the first, beside what the images of the batches in
 between take: a measurement that kept its batches would grow by at least that. Needs Linux's /proc.
 """
 
@@ -38,7 +38,7 @@ def resident_mib() -> float:
 
 
 def watched(name: str) -> dict[str, Any]:
-    """Run a measurement: MiB after so many batches, and MiB of one batch's pictures."""
+    """Run a measurement: MiB after so many batches, and MiB of one batch's images."""
     loop, seen, inputs = Session.run, [], []
 
     def run(session: Session, step: Any, sums: Any, **options: Any) -> None:
@@ -46,7 +46,7 @@ def watched(name: str) -> dict[str, Any]:
             step(batch)
             if len(session.batches) == AFTER[-1] and batch.index + 1 in AFTER:
                 seen.append(resident_mib())
-                # Models that have a transform in common have the same pictures.
+                # Models that have a transform in common have the same images.
                 sizes = {t.data_ptr(): t.numel() * t.element_size() for t in batch.inputs}
                 inputs.append(sum(sizes.values()) / MIB)
 
@@ -78,11 +78,11 @@ def main() -> None:
     for name in args.measurements:
         found = in_child(__file__, "--child", name)
         resident = found["resident"]
-        pictures = found["inputs"] * (AFTER[-1] - AFTER[0])
+        images = found["inputs"] * (AFTER[-1] - AFTER[0])
         rows.append([name, *(f"{one:.1f}" for one in resident),
-                     f"{resident[-1] - resident[0]:+.1f}", f"{pictures:.1f}"])  # fmt: skip
+                     f"{resident[-1] - resident[0]:+.1f}", f"{images:.1f}"])  # fmt: skip
         print(f"{len(rows)} of {len(args.measurements)}: {name}", file=sys.stderr)
-    header = ["MiB after batch", *map(str, AFTER), "growth", "pictures in between"]
+    header = ["MiB after batch", *map(str, AFTER), "growth", "images in between"]
     print(table(header, rows))
 
 

@@ -159,6 +159,28 @@ def test_test_classes_are_matched_by_name(tmp_path):
         open_task(tmp_path / "fit", tmp_path / "one", 4, 1, None, 0)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names are text there")
+def test_classes_whose_names_are_no_text_stay_apart(tmp_path):
+    names = ["a\udcfe", "a\udcff", "c"]
+    for split, channel in (("fit", 0), ("test", 1)):
+        fill(tmp_path / split, [f"{name}/{i}.bmp" for name in names for i in range(4)], channel)
+    task = open_task(tmp_path / "fit", tmp_path / "test", 2, 1, None, 0)
+    assert len(set(task.classes)) == 3
+    for i, label in enumerate(task.test.chosen_labels()):
+        name = task.test.names[task.test.order[i]]
+        assert names[label] == name.split("/")[0]
+
+
+def test_other_images_of_equal_names_and_sizes_may_test(tmp_path):
+    names = [f"{c}/{i}.bmp" for c in "ab" for i in range(4)]
+    fill(tmp_path / "fit", names, 0)
+    fill(tmp_path / "test", names, 1)
+    assert len(open_task(tmp_path / "fit", tmp_path / "test", 2, 1, None, 0).test) == 8
+    fill(tmp_path / "copy", names, 0)
+    with pytest.raises(VitprobeError, match="are the same images as fit"):
+        open_task(tmp_path / "fit", tmp_path / "copy", 2, 1, None, 0)
+
+
 def test_what_is_left_out_is_said_once(tmp_path, capsys):
     fill(tmp_path / "r", [f"a/{i}.png" for i in range(8)])
     images = open_images(tmp_path / "r")

@@ -234,6 +234,57 @@ def test_labels_are_checked_against_the_images(tmp_path):
         assert len(open_images(path)) == 12  # what needs no labels does without
 
 
+class Labelled6:
+    """A data set with labels and classes as other people's code may give them."""
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return np.full((8, 8, 3), index, np.uint8), 0
+
+
+class NoArray(list):
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("no array")
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        ([[1], [1, 2], [1], [2], [3], [4]], "cannot be taken as an array: ValueError"),
+        (NoArray([0] * 6), "cannot be taken as an array: RuntimeError: no array"),
+        (["a", float("nan"), "a", "b", "b", "a"], "Some labels of .* are text and some are not"),
+        ([1, "1", 2, "2", 1, "1"], "Some labels of .* are text and some are not"),
+        ([None, "b", "a", "b", "a", "b"], "integers, strings or booleans, not object"),
+        ({i: i % 2 for i in range(6)}, "are a dict: a list or array"),
+        ("ababab", "are a str: a list or array"),
+        (np.ma.array([0, 1] * 3, mask=[0, 0, 1, 0, 0, 0]), "are masked"),
+        (torch.zeros(6, requires_grad=True), "not float32"),
+    ],
+)
+def test_labels_of_no_kind_are_one_line_where_they_are_needed(targets, message):
+    from vitprobe.images.labelled import open_task
+
+    images = open_images(Labelled6(targets))
+    assert len(images) == 6 and images.labels is None
+    with pytest.raises(VitprobeError, match=message):
+        open_task(Labelled6(targets), None, shots=1, draws=1, num_test=None, seed=0)
+
+
+def test_labels_stay_as_many_classes_as_they_are():
+    for targets, classes in [
+        (np.array(["b", "a"] * 3, object), ("a", "b")),
+        (np.array([2, 1] * 3, object), ("1", "2")),
+        (np.array([b"\xff", b"\xfe"] * 3), ("\\xfe", "\\xff")),
+    ]:
+        images = open_images(Labelled6(targets))
+        assert images.classes == classes and images.labels.tolist() == [1, 0] * 3
+
+
 def test_which_array_holds_the_images_is_told_or_asked_for(tmp_path):
     x, path = rgb_images(), tmp_path / "x.npz"
     mask = np.ones((6, 8, 10), np.uint8)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from vitprobe.errors import VitprobeError, describe
 
@@ -163,7 +164,7 @@ def checked_labels(
     Raises:
         VitprobeError: another shape, type or length.
     """
-    labels = np.asarray(labels)
+    labels = _as_array(labels, label)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim == 0:
@@ -182,7 +183,8 @@ def checked_labels(
             f"{label} has {len(labels)} labels for {count} images: one for each is needed."
         )
     if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8", "replace")
+        # Bytes that are no text are written out: two classes must not become one.
+        labels = np.char.decode(labels, "utf-8", "backslashreplace")
     if labels.dtype.kind not in "iubU":
         raise VitprobeError(
             f"The labels of {label} must be integers, strings or booleans, not {labels.dtype}."
@@ -193,3 +195,33 @@ def checked_labels(
         return labels.astype(np.int64), tuple(names)
     values, indices = np.unique(labels, return_inverse=True)
     return indices.reshape(-1).astype(np.int64), tuple(str(value) for value in values.tolist())
+
+
+def _as_array(labels: Any, label: str) -> np.ndarray:
+    """Labels as an array that holds what they are, and not numbers written as text."""
+    if isinstance(labels, str | bytes | Mapping | Set):
+        raise VitprobeError(
+            f"The labels of {label} are a {type(labels).__name__}: a list or array with one for "
+            f"each image is needed."
+        )
+    if np.ma.is_masked(labels):
+        raise VitprobeError(f"Labels of {label} are masked: one for each image is needed.")
+    try:
+        array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+        # NumPy makes text of all where there is some: 1 and "1" would be one class, a NaN another.
+        made_text = array.dtype.kind == "U" and array.ndim == 1
+        mixed = made_text and not all(isinstance(one, str) for one in labels)
+    except Exception as error:
+        raise VitprobeError(
+            f"The labels of {label} cannot be taken as an array: {describe(error)}"
+        ) from error
+    if mixed:
+        raise VitprobeError(
+            f"Some labels of {label} are text and some are not: all must be of one kind."
+        )
+    if array.dtype == object and array.ndim == 1:
+        # Columns of data frames hold text as objects.
+        for kind in (str, int):
+            if all(isinstance(one, kind) for one in array):
+                return np.array(array.tolist())
+    return array

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, shown
 
 # What operating systems, file servers and tools leave beside images; hidden names are left out too.
 LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
@@ -138,6 +138,14 @@ def classes_of(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray | None
         return (), None
     index = {name: i for i, name in enumerate(classes)} | {"": -1}
     return classes, np.array([index[top] for top in tops], dtype=np.int64)
+
+
+def shown_classes(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes that can be shown, and by which they stay as many as they are.
+
+    Bytes that are no text are written out: as U+FFFD all of them would be alike.
+    """
+    return tuple(shown(name.encode("utf-8", "backslashreplace").decode()) for name in names)
 
 
 def below_common_folder(names: Sequence[str]) -> list[str]:

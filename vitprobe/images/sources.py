@@ -35,6 +35,7 @@ from vitprobe.images.folders import (
     classes_of,
     image_files,
     is_litter,
+    shown_classes,
 )  # fmt: skip
 from vitprobe.images.loaders import LoaderSource
 
@@ -353,7 +354,7 @@ def _labelled(
         _digest(parts),
         names=names,
         labels=labels,
-        classes=tuple(shown(name) for name in classes),
+        classes=shown_classes(classes),
     )
 
 
