@@ -24,6 +24,7 @@ import torch
 from benchmarking import in_child, table
 from kill_and_resume import MEASUREMENTS, command
 
+from vitprobe.running import passes
 from vitprobe.running.session import Batch, Session
 
 AFTER = (10, 25, 50, 75, 100)
@@ -39,7 +40,7 @@ def resident_mib() -> float:
 
 def watched(name: str) -> dict[str, Any]:
     """Run a measurement: MiB after so many batches, and MiB of one batch's images."""
-    loop, seen, inputs = Session.run, [], []
+    loop, seen, inputs = passes.run, [], []
 
     def run(session: Session, step: Any, sums: Any, **options: Any) -> None:
         def observed(batch: Batch) -> None:
@@ -59,7 +60,7 @@ def watched(name: str) -> dict[str, Any]:
         arguments += ["--num-images", str(BATCH * AFTER[-1]), "--batch-size", str(BATCH)]
         # What drawing takes is nothing that grows with a run.
         unsaved = patch.object(module.RESULT, "save", lambda *_, **__: [])
-        with patch.object(Session, "run", run), unsaved, contextlib.redirect_stdout(io.StringIO()):
+        with patch.object(passes, "run", run), unsaved, contextlib.redirect_stdout(io.StringIO()):
             status = module.main(arguments)
     if status:
         sys.exit(status)

@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from vitprobe import __main__, cka, load_result, redraw
+from vitprobe import VitprobeError, __main__, cka, load_result, redraw
 from vitprobe.catalogue import GROUPS, measurements
+from vitprobe.results.writing import check_folder
 
 # Of old releases of matplotlib beside new ones of what they need.
 OLD = ("matplotlib._fontconfig_pattern", "matplotlib._mathtext")
@@ -166,6 +167,15 @@ def test_an_output_folder_that_is_a_file_fails_before_the_work(pictures, tmp_pat
     (tmp_path / "file").write_text("")
     assert cka.main(arguments(pictures, tmp_path / "file")) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights elsewhere")
+@pytest.mark.parametrize("out", ["round", "nowhere", "nowhere/below"])
+def test_an_output_folder_whose_link_leads_nowhere_is_told_as_that(out, tmp_path):
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(VitprobeError, match=r"(round|nowhere) is a link that leads nowhere\.$"):
+        check_folder(tmp_path / out)
 
 
 def test_a_write_that_fails_half_way_leaves_neither_file_and_loses_nothing(

@@ -68,6 +68,10 @@ def check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         for place in (*reversed(folder.parents), folder):
+            if place.is_symlink() and not os.path.exists(place):
+                raise VitprobeError(
+                    f"{folder} cannot be written: {place} is a link that leads nowhere."
+                ) from error
             if place.exists() and not place.is_dir():
                 raise VitprobeError(
                     f"{folder} cannot be written: {place} is a file, not a folder."
