@@ -178,6 +178,13 @@ def test_an_output_folder_whose_link_leads_nowhere_is_told_as_that(out, tmp_path
         check_folder(tmp_path / out)
 
 
+def test_a_folder_in_the_place_of_the_numbers_fails_before_the_work(pictures, tmp_path, capsys):
+    (tmp_path / "x.npz").mkdir()
+    assert cka.main([*arguments(pictures, tmp_path), "--stem", "x"]) == 2
+    assert "x.npz cannot be written: a folder has its name." in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir() if p.suffix] == ["x.npz"]
+
+
 def test_a_write_that_fails_half_way_leaves_neither_file_and_loses_nothing(
     pictures, tmp_path, monkeypatch, capsys
 ):

@@ -344,6 +344,9 @@ def check_writable(out: Path, stem: str) -> None:
     if os.name == "nt" and not _is_windows_name(stem):
         raise VitprobeError(f"--stem: Windows has no files of the name {stem!r}.")
     check_folder(out)
+    # Found out while files are renamed, it would come after the figure has its place.
+    if (out / f"{stem}.npz").is_dir():
+        raise VitprobeError(f"--out: {out / stem}.npz cannot be written: a folder has its name.")
     try:
         # As long as the longest name that is to come, that of a state being written.
         probe = out / f".{stem}.{'-' * 50}{os.getpid()}"
