@@ -37,6 +37,18 @@ def tensors():
     return torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The folder of an empty cache of the hub."""
+    from huggingface_hub import constants, file_download
+
+    folder = tmp_path / "hub"
+    # The oldest clients keep its name where they look into it.
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(folder), raising=False)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def foreground():
     """Signals as a terminal's foreground job has them, also after a test that changed them.

@@ -2,7 +2,6 @@
 
 import json
 
-import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -12,9 +11,8 @@ from vitprobe.models.names import ALIASES, bundled_models
 
 
 @pytest.fixture
-def caches(tmp_path, monkeypatch):
+def caches(hub_cache, tmp_path, monkeypatch):
     """Empty caches of the hub and of torch."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     return tmp_path
 

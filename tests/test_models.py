@@ -143,10 +143,9 @@ def test_an_image_size_that_does_not_fit_says_so(name, size):
         cka.measure(f"{name}@random", images, image_size=size)
 
 
-def test_a_hub_out_of_reach_is_told_within_seconds_with_the_ways_on(monkeypatch, tmp_path):
+def test_a_hub_out_of_reach_is_told_within_seconds_with_the_ways_on(monkeypatch, hub_cache):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     # Nobody listens on the discard port.
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     before = constants.HF_HUB_OFFLINE
@@ -157,13 +156,12 @@ def test_a_hub_out_of_reach_is_told_within_seconds_with_the_ways_on(monkeypatch,
     assert "\n" not in str(e.value) and before == constants.HF_HUB_OFFLINE
 
 
-def test_a_cached_file_is_used_though_the_hub_is_out_of_reach(monkeypatch, tmp_path):
+def test_a_cached_file_is_used_though_the_hub_is_out_of_reach(monkeypatch, hub_cache):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     module = timm.create_model("test_vit")
-    repository = tmp_path / "models--timm--test_vit.r160_in1k"
+    repository = hub_cache / "models--timm--test_vit.r160_in1k"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()

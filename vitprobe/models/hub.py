@@ -47,12 +47,23 @@ def hub() -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         if not offline and not _answers(constants.ENDPOINT):
-            constants.HF_HUB_OFFLINE = True
+            _set_offline(True)
         with _impatient():
             yield
     finally:
-        constants.HF_HUB_OFFLINE = offline
+        if offline != constants.HF_HUB_OFFLINE:
+            _set_offline(offline)
         logging.set_verbosity(level)
+
+
+def _set_offline(offline: bool) -> None:
+    from huggingface_hub import constants, utils
+
+    constants.HF_HUB_OFFLINE = offline
+    # Clients before version 1 look at it when they begin a session, and keep that one.
+    reset = getattr(utils, "reset_sessions", None)
+    if reset is not None:
+        reset()
 
 
 def what_it_said(error: BaseException, name: str) -> str:
