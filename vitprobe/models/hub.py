@@ -91,8 +91,10 @@ def what_it_said(error: BaseException, name: str) -> str:
         return f"The config.json of {name} on the model hub is not JSON."
     if kinds & {"EntryNotFoundError", "RemoteEntryNotFoundError"}:
         return f"The repository {name} has no file as timm writes it: {_first(error)}."
-    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "URLError", "ConnectError",
-                "ConnectionError", "ConnectTimeout"}:  # fmt: skip
+    out_of_reach = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "URLError", "ConnectError",
+                    "ConnectionError", "ConnectTimeout"}  # fmt: skip
+    # What has answered, and sends no more, was reached.
+    if kinds & out_of_reach and "ReadTimeoutError" not in kinds:
         return (
             f"The weights of {name} are not in the local cache, and the model hub cannot be "
             f"reached{_through()}."
