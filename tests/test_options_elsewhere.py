@@ -104,6 +104,7 @@ def test_every_option_of_the_report_reaches_what_it_measures(monkeypatch, tmp_pa
     monkeypatch.setattr(report, "load_models", lambda *given: [Given(given)])
     monkeypatch.setattr(report, "open_images", lambda *given: Stub(digest=given))
     monkeypatch.setattr(report, "measure_each", measure)
+    monkeypatch.setattr(report, "resolve_device", lambda name: None)
 
     def told(*options):
         base = ["--models", "a", "--out", str(tmp_path / "x"), "--only", "cka", "skip_ratio"]
