@@ -15,6 +15,7 @@ FIGURE = Figure(
     __doc__,
     __file__,
     skip_ablation,
+    note="with as many labels these have learnt less than the whole one",
     models=["vit_small_box", *(f"vit_small_box_noskip{block}" for block in BLOCKS)],
     trained_without=BLOCKS,
     num_images=256,

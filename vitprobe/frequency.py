@@ -144,7 +144,7 @@ class FrequencyResult(Result):
             count = len(self.models)
             figure = drawing.new_figure(10.5, 2.9 * count + 0.8)
             axes = figure.subplots(count, 3, squeeze=False, width_ratios=[1, 1.3, 1.3])
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore"):
                 logs = np.log(self.variance), self.variance_se / self.variance
             for model, (spectra, high, variance) in enumerate(axes):
                 self._spectra(figure, spectra, model)

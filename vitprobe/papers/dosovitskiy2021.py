@@ -32,7 +32,7 @@ def patch_embedding(result: Any) -> list[Finding]:
         )
         name, source = about["name"], "Dosovitskiy et al. 2021, Fig. 7 left"
         if about["weights"].startswith("random"):
-            claim = f"leading components of the untrained stem of {name} are not smooth"
+            claim = f"leading components of the stem of {name} are not smooth"
             found.append(
                 Finding(
                     claim,

@@ -133,7 +133,7 @@ def _naming_the_untrained(findings: Callable[[Any], list[Finding]]) -> Any:
             return found
         # The longest first, as one may begin with another.
         either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-        pattern = re.compile(rf"(?<![\w.-])(?<!untrained stem of )({either})(?![\w-])")
+        pattern = re.compile(rf"(?<![\w.-])({either})(?![\w-])")
         return [
             replace(one, claim=pattern.sub(lambda match: names[match[0]], one.claim))
             for one in found
