@@ -150,6 +150,19 @@ def test_ctrl_c_while_libraries_are_loaded_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "vitprobe: Stopped.\n"
 
 
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "OSError"])
+def test_ctrl_c_while_a_module_loads_libraries_is_one_line_as_well(name, tmp_path):
+    (tmp_path / "torch.py").write_text(f"raise {name}")
+    done = subprocess.run(
+        [sys.executable, "-m", "vitprobe.cka"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode
+    if name == "KeyboardInterrupt":
+        assert done.stderr == "vitprobe: Stopped.\n"
+    else:
+        assert "Traceback" in done.stderr and done.stderr.endswith("OSError\n")
+
+
 def test_debug_shows_the_traceback(pictures, tmp_path, capsys):
     assert cka.main([*arguments(pictures, tmp_path), "--models", "nope", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err

@@ -4,6 +4,7 @@ The public names load on first use, so that ``python -m vitprobe.cka`` starts on
 ``import vitprobe`` costs nothing.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,13 @@ __all__ = [
     "open_images",
     "wrap",
 ]
+
+
+if sys.argv[:1] == ["-m"]:
+    # ``python -m vitprobe.NAME`` looks its module up, and then loads libraries for seconds.
+    from vitprobe.errors import tell_stops_in_a_line
+
+    tell_stops_in_a_line()
 
 
 def __getattr__(name: str) -> Any:

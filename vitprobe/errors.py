@@ -2,10 +2,12 @@
 
 import re
 import signal
+import sys
 import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 from traceback import walk_tb
+from types import TracebackType
 from typing import Any
 
 
@@ -96,3 +98,16 @@ def describe(error: BaseException) -> str:
     if len(text) > MAX_LETTERS:
         text = f"{text[:MAX_LETTERS]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def tell_stops_in_a_line() -> None:
+    """Show no traceback where Ctrl-C ends this process and nothing else has seen to it."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], raised: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("vitprobe: Stopped.", file=sys.stderr)
+        else:
+            before(kind, raised, trace)
+
+    sys.excepthook = hook
