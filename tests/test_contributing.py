@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -87,7 +86,7 @@ def test_it_resumes_after_a_kill_and_shares_its_batches(mean_norm, folder, tmp_p
         "w.end = killed\nsys.exit("
     ).replace("import sys,", "import os, sys,")  # fmt: skip
     died = subprocess.run([sys.executable, "-c", dies, *arguments, "--stem", "n"])
-    assert died.returncode == -signal.SIGKILL
+    assert died.returncode in (-9, 9)  # Windows has its own way to count
     assert list(tmp_path.glob(".n.*.partial"))
     script = tmp_path / "run.py"
     script.write_text(code, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -100,7 +99,7 @@ def test_a_killed_run_resumes_in_two_processes(tmp_path):
     )
     parts = [*COMMAND, "--out", str(tmp_path / "parts")]
     died = subprocess.run([sys.executable, "-c", code, *parts], env=one_thread)
-    assert died.returncode == -signal.SIGKILL
+    assert died.returncode in (-9, 9)  # Windows has its own way to count
     assert not list((tmp_path / "parts").rglob("meta.json"))
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(

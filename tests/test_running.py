@@ -263,7 +263,7 @@ def test_killed_at_any_moment_and_resumed_the_numbers_are_the_same(tmp_path, mon
         while process.poll() is None and time.monotonic() < deadline:
             if list(out.glob("*.partial")) and attempt < 2:
                 time.sleep(0.17 * (attempt + 1))
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 kills += 1
                 break
             time.sleep(0.02)
