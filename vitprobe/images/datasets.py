@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,36 @@ class ItemSource:
         return digest.hexdigest()
 
 
+class TableSource:
+    """Images of a table of Hugging Face's ``datasets``, decoded here and not by it.
+
+    Args:
+        table: rows with an image, decoded or as ``{"bytes": ..., "path": ...}``.
+        name: what messages call it.
+
+    Raises:
+        VitprobeError: it has no column of images.
+    """
+
+    def __init__(self, table: Any, name: str) -> None:
+        # timm's reader adds an empty column of the name that it expects.
+        first = table[0]
+        column = next((key for key in KEYS if first.get(key) is not None), None)
+        if column is None:
+            raise VitprobeError(f"{name} has no images under {', '.join(KEYS)}: it has "
+                                f"{', '.join(first)}.")  # fmt: skip
+        self.table, self.column = table.select_columns([column]), column
+        if column != "image":
+            as_they_are = type(table.features[column])(decode=False)
+            self.table = self.table.cast_column(column, as_they_are)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        held = self.table[int(index)][self.column]
+        if isinstance(held, Image.Image):
+            return rgb(held)
+        return decoded(io.BytesIO(held["bytes"]) if held.get("bytes") else Path(held["path"]))
+
+
 def plain_repr(thing: Any) -> str:
     """What something says of itself, without where it lies in memory."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
@@ -159,6 +191,8 @@ def labels_of(dataset: Any) -> tuple[Sequence[Any] | None, Sequence[str]]:
         rest = dataset.tensors[1:]
         return (rest[0].tolist(), ()) if rest and rest[0].ndim == 1 else (None, ())
     targets, classes = getattr(dataset, "targets", None), getattr(dataset, "classes", ())
+    if targets is None:
+        targets = getattr(dataset, "labels", None)  # of torchvision's STL10 and SVHN
     column = next((key for key in LABELS if key in getattr(dataset, "column_names", ())), None)
     if targets is None and column is not None:
         targets = list(dataset[column])
@@ -168,5 +202,12 @@ def labels_of(dataset: Any) -> tuple[Sequence[Any] | None, Sequence[str]]:
             return None, ()
     except TypeError:
         return None, ()
-    names = [str(name) for name in classes] if isinstance(classes, list | tuple) else []
-    return targets, names
+    return targets, _distinct(classes if isinstance(classes, list | tuple) else ())
+
+
+def _distinct(classes: Sequence[Any]) -> list[str]:
+    """Names by which classes stay as many as they are: ImageNet has two cranes."""
+    # ImageNet's classes are tuples of synonyms.
+    names = [", ".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in classes]
+    counts = Counter(names)
+    return [f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(names)]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from vitprobe.errors import VitprobeError, nearest, shown
 from vitprobe.images.arrays import checked_images, checked_labels, read_arrays
-from vitprobe.images.datasets import ItemSource, labels_of
+from vitprobe.images.datasets import ItemSource, TableSource, labels_of
 from vitprobe.images.decoding import (
     ArraySource,
     DatasetSource,
@@ -382,8 +382,15 @@ def _from_timm(name: str) -> Images:
         size = len(dataset)
     except ImportError as error:
         raise VitprobeError(f"{name} needs another package: {error}") from error
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        # Libraries of data sets raise anything at names, splits and columns that are not there.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise VitprobeError(f"The dataset {name} cannot be opened: {reason}") from error
-    items = ReaderSource(dataset.reader) if hasattr(dataset, "reader") else DatasetSource(dataset)
-    return Images(name, items, _all(size), _digest([name, str(size)]))
+    if not size:
+        raise VitprobeError(f"There are no images in {name}.")
+    # timm's reader knows columns of two names; the table that it holds has them all.
+    table = getattr(getattr(dataset, "reader", None), "dataset", None)
+    items = DatasetSource(dataset) if table is None else TableSource(table, name)
+    images = Images(name, items, _all(size), _digest([name, str(size)]))
+    labels, classes = labels_of(dataset if table is None else table)
+    return images if labels is None else _with_labels(images, labels, classes)
