@@ -419,7 +419,9 @@ def test_memory_that_runs_out_while_models_are_set_up_is_the_same_line(words, te
 
     with monkeypatch.context() as patch:
         patch.setattr(nn.Module, "to", short)
-        with pytest.raises(VitprobeError, match=r"Out of memory on cpu .* and Sequential"):
+        with pytest.raises(
+            VitprobeError, match=r"Out of memory on cpu at .* try --batch-size 16 \(mo.*: Seq"
+        ):
             cka.measure(small(), tensors, device="cpu")
     from vitprobe.running import session as sessions
 

@@ -1,17 +1,14 @@
-"""The options that every command shares, and how commands start, fail and end."""
+"""The options that every command shares, and how commands start and end."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import os
 import re
 import shutil
-import sys
 import textwrap
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -26,11 +23,10 @@ from vitprobe.results.result import FORMATS, Finding, Result
 from vitprobe.results.writing import check_folder
 from vitprobe.running import processes
 from vitprobe.running.checkpoint import UntilWritten
-from vitprobe.running.interrupts import HeldBack, Interrupted
+from vitprobe.running.ending import FAILED, RESUME, guarded
+from vitprobe.running.interrupts import Interrupted
 from vitprobe.running.measurement import Measurement, WeightsMeasurement
 
-INTERRUPTED, FAILED = 130, 2
-GRACE_S = 1.0
 MAX_STEM = 120
 DEFAULT_OUT = "vitprobe-out"
 # Windows opens devices under these names, whatever follows a dot, and keeps these characters.
@@ -274,14 +270,19 @@ def run(
         if processes.is_main_process():
             _write(result, args, stem(args, name))
 
-    return guarded(body, args.debug)
+    return guarded(body, args.debug, lambda: saved(args))
+
+
+def saved(args: argparse.Namespace) -> bool:
+    """Whether the same command would go on from a state on disk."""
+    kept: UntilWritten | None = getattr(args, "kept", None)
+    return kept is not None and kept.saved()
 
 
 def _write(result: Result, args: argparse.Namespace, name: str) -> None:
     """Save, and only then give up the state that the result came from; print."""
     kept: UntilWritten | None = getattr(args, "kept", None)
-    safe = kept is not None and kept.saved()
-    way = " Run the same command to resume." if safe else ""
+    way = RESUME if saved(args) else ""
     try:
         paths = result.save(args.out / name, args.format)
     except VitprobeError as error:
@@ -297,44 +298,6 @@ def conclude(args: argparse.Namespace, paths: Sequence[Path], findings: Sequence
     """Print what was written and found; ``args.began`` is when the command did."""
     told = print_json if args.json else print_files
     told(paths, findings, time.monotonic() - args.began)
-
-
-def guarded(body: Callable[[], None], debug: bool = False) -> int:
-    """Call ``body``; what a user can put right becomes one line on stderr."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Where stdout is not UTF-8 (a pipe on Windows), ‖x‖ or a name must not end a run.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        body()
-    except VitprobeError as error:
-        if debug:
-            traceback.print_exc()
-        _tell(str(error))
-        return FAILED
-    except Interrupted as stop:
-        _tell(str(stop))
-        return stop.status
-    except KeyboardInterrupt:
-        _tell("Stopped.")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout has left (head, less): nothing to tell it, and nothing went wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def _tell(message: str) -> None:
-    """One line for the whole run, whichever process has it to say: torchrun then ends the others.
-
-    What all of them meet the first process tells.
-    """
-    who = "vitprobe"
-    with suppress(KeyboardInterrupt), HeldBack() as stops, stops.undisturbed():
-        if not processes.is_main_process():
-            who = f"vitprobe (process {os.environ['RANK']})"
-            time.sleep(GRACE_S)
-        if processes.first_to_tell():
-            print(f"{who}: {message}", file=sys.stderr)
 
 
 def check_writable(out: Path, stem: str) -> None:

@@ -1,5 +1,6 @@
 """The one exception for what a user can put right."""
 
+import errno
 import re
 import signal
 import sys
@@ -76,9 +77,10 @@ def is_error(raised: BaseException) -> bool:
 
     ``sys.exit()`` there is one: a transform or a forward pass has no say over how a run ends.
     Ctrl-C is none, and neither is the ``sys.exit()`` of a signal handler that interrupts such code.
+    Where memory ran out the code may well be right.
     """
     if isinstance(raised, Exception):
-        return True
+        return not ran_out(raised)
     if isinstance(raised, KeyboardInterrupt | GeneratorExit):
         return False
     handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
@@ -87,6 +89,31 @@ def is_error(raised: BaseException) -> bool:
 
 def _code(handler: Any) -> Any:
     return getattr(getattr(handler, "__func__", handler), "__code__", None)
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to allocate",
+    "bad_alloc",
+    "alloc_failed",  # what cuBLAS, cuDNN, cuSOLVER and cuFFT call it
+    "could not create a primitive",  # oneDNN's word for it
+    "could not create a memory object",
+)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: Python's, the system's, or a library's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    if isinstance(error, OSError):
+        # What comes from another process has its number in its words alone.
+        return error.errno == errno.ENOMEM or f"[errno {errno.ENOMEM}]" in text
+    words = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    return words and any(word in text for word in _OUT_OF_MEMORY)
 
 
 MAX_LETTERS = 300

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitprobe import cli
-from vitprobe.errors import VitprobeError, describe, shown
+from vitprobe.errors import VitprobeError, describe, ran_out, shown
 from vitprobe.results.drawing import render
 from vitprobe.results.result import Finding, load_result
 from vitprobe.results.writing import write_atomically
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except VitprobeError:
                 raise
             except Exception as error:
+                if ran_out(error):
+                    raise
                 # The file says what is to be drawn: whatever is wrong, it is the reason.
                 raise VitprobeError(
                     f"{file} cannot be drawn, it is damaged or of another version: "

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vitprobe.errors import VitprobeError, nearest
+from vitprobe.errors import VitprobeError, nearest, ran_out
 from vitprobe.models.unpickling import StandIn, load, of_module, scripted
 
 # A folder's weights, as timm, transformers and open_clip name them; first come, first served.
@@ -212,6 +212,8 @@ def _read(path: Path) -> tuple[Any, bool]:
     except VitprobeError:
         raise
     except Exception as error:
+        if ran_out(error):
+            raise
         # Readers of damaged files raise anything; whatever it is, the file is the reason.
         raise VitprobeError(
             f"{path} is neither a safetensors file nor a checkpoint of torch nor an .npz that can "

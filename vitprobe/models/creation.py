@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, ran_out
 from vitprobe.models.complete import complete
 from vitprobe.models.contents import file_sha256, read
 from vitprobe.models.fitting import Fit, fit, put
@@ -174,6 +174,8 @@ def _explained(
 ) -> VitprobeError:
     if isinstance(error, VitprobeError):
         return error
+    if ran_out(error):
+        raise error
     reason = first_line(error)
     known = "ARCHITECTURE" if spec.startswith(REMOTE_PREFIXES) else name
     bundled = ", ".join(list(bundled_models())[:3])

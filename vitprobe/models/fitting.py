@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, bfloat16, equal, float16, nn, strided, zeros
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, ran_out
 from vitprobe.models.contents import Contents, state_dicts
 from vitprobe.models.foreign import rename, written_by
 from vitprobe.models.names import ALIASES
@@ -236,7 +236,9 @@ def _trial(
     absent = {n: zeros(s) for n, s in network.head.items() if native and n not in given}
     try:
         state = network.converted({**given, **absent})
-    except Exception:
+    except Exception as error:
+        if ran_out(error):
+            raise
         # A conversion that meets another layout than its own raises anything.
         state = given
     state = {name: tensor for name, tensor in state.items() if name not in absent}
@@ -306,7 +308,9 @@ def _kept_by_timm(network: Reference, under: dict[str, Tensor]) -> dict[str, Ten
     absent = {n: zeros(s) for n, s in network.head.items() if n not in under}
     try:
         kept = network.converted({**under, **absent})
-    except Exception:
+    except Exception as error:
+        if ran_out(error):
+            raise
         kept = under
     return {name: tensor for name, tensor in kept.items() if name not in network.names}
 

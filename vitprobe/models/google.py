@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, ran_out
 from vitprobe.models.contents import Contents
 
 # In names of arrays that belong to no layer which timm's networks have, or may differ in size.
@@ -59,6 +59,8 @@ def load_npz(
     try:
         reader(str(contents.path))
     except Exception as error:
+        if ran_out(error):
+            raise
         # timm takes the arrays one by one: one that is absent or of another shape raises anything.
         raise VitprobeError(
             f"{spec}: the weights do not fit the architecture: {type(error).__name__}, {error}. "

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitprobe.errors import ran_out
+
 
 def input_type(module: nn.Module, image: Tensor) -> torch.dtype:
     """The type of the images for a model that may hold weights of several.
@@ -45,7 +47,9 @@ def _runs(module: nn.Module, image: Tensor, mode: TorchFunctionMode | None = Non
         else:
             with mode:
                 module(image)
-    except Exception:
+    except Exception as error:
+        if ran_out(error):
+            raise
         return False
     return True
 

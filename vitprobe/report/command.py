@@ -195,4 +195,4 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{name}: {why}"
             )
 
-    return cli.guarded(body, args.debug)
+    return cli.guarded(body, args.debug, lambda: cli.saved(args))

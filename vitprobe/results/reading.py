@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, ran_out
 
 
 def read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -27,6 +27,8 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if not isinstance(meta["analysis"], str):
             raise TypeError("the name of a measurement is text")
     except Exception as error:
+        if ran_out(error):
+            raise
         # Readers of damaged files raise anything; whatever it is, the file is the reason.
         raise VitprobeError(f"{path} is not a result file of vitprobe, or damaged.") from error
     return arrays, meta

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitprobe.errors import NotApplicable
+from vitprobe.errors import NotApplicable, ran_out
 from vitprobe.running import memory, processes
 from vitprobe.running.grids import lost_of, tell_lost
 from vitprobe.running.loading import decoder_ended
@@ -170,7 +170,7 @@ def no_gradient(name: str, label: str, why: str) -> NotApplicable:
 
 def failed(name: str, error: RuntimeError) -> Exception:
     """What is told of an error of autograd, or of a forward pass that fails only under it."""
-    if memory.ran_out(error) or decoder_ended(error):
+    if ran_out(error) or decoder_ended(error):
         return error
     text = str(error).strip().partition("\n")[0]
     return NotApplicable(f"{name} cannot be differentiated: {type(error).__name__}: {text}", name)

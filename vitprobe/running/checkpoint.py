@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, ran_out
 from vitprobe.results.writing import sweep, write_atomically
 
 # Of an array in a file, and of a text beside the sums; far more than they take.
@@ -189,7 +189,9 @@ class Checkpoint:
                     return None
             with np.load(file, allow_pickle=False) as loaded:
                 part = {name: loaded[name] for name in loaded.files}
-        except Exception:
+        except Exception as error:
+            if ran_out(error):
+                raise  # the file may well be right
             # Readers of torn files raise anything.
             return None
         if {name: array.shape for name, array in part.items()} != expected:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, ran_out
 from vitprobe.images.arrays import LABEL_KEYS, checked_labels
 from vitprobe.tracing.places import Places
 
@@ -164,6 +164,8 @@ def _read(path: Path) -> Iterator[Source]:
             with np.load(path, allow_pickle=False) as loaded:
                 layers = {name: loaded[name] for name in loaded.files}
     except Exception as error:
+        if ran_out(error):
+            raise
         raise VitprobeError(f"--features: {path} is no .npz or .npy of numbers: {error}") from error
     key = next((key for key in LABEL_KEYS if key in layers and layers[key].ndim == 1), None)
     if key is not None and len(layers) > 1:
@@ -182,6 +184,8 @@ def _folder(folder: Path) -> Source:
         }
         name = meta["models"][0]["name"]
     except Exception as error:
+        if ran_out(error):
+            raise
         raise VitprobeError(f"--features: {folder} is no folder of vitprobe extract.") from error
     return Source(name, _arrays(name, layers), meta)
 

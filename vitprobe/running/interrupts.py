@@ -33,10 +33,11 @@ class Interrupted(Exception):
 class HeldBack:
     """Within it ``KeyboardInterrupt`` comes between batches only.
 
-    Handlers that others have set are left alone, and so are all outside the main thread.
+    Handlers that others have set are left alone, and so are all outside the main thread. One within
+    another takes the signals meanwhile.
 
     Args:
-        takes: whether to take the signals at all.
+        takes: whether to take the signals at all; else they do what they do by default.
 
     Attributes:
         torn: a batch has begun to change the sums and has not ended.
@@ -52,18 +53,27 @@ class HeldBack:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> HeldBack:
-        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        usual: dict[int, Any] = {
+            signal.SIGINT: signal.default_int_handler,
+            signal.SIGTERM: signal.SIG_DFL,
+        }
         if hasattr(signal, "SIGHUP"):
             usual[signal.SIGHUP] = signal.SIG_DFL
-        if self.takes and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             for number, handler in usual.items():
-                if signal.getsignal(number) == handler:
-                    self._before[number] = signal.signal(number, self._arrived)
+                current = signal.getsignal(number)
+                if (current == handler and self.takes) or _outer(current):
+                    mine = self._arrived if self.takes else handler
+                    self._before[number] = signal.signal(number, mine)
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+            outer = _outer(handler)
+            if outer and outer._first is None and self.asked:
+                # What comes twice within a moment is one request there, too.
+                outer._first, outer.status = self._first, self.status
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -103,3 +113,9 @@ class HeldBack:
                 raise KeyboardInterrupt
         elif now - self._first > AGAIN_S:
             raise KeyboardInterrupt
+
+
+def _outer(handler: Any) -> HeldBack | None:
+    """The one that a handler belongs to, if it does to one."""
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, HeldBack) else None

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitprobe.errors import VitprobeError, describe, is_error, shown
+from vitprobe.errors import VitprobeError, describe, is_error, ran_out, shown
 from vitprobe.images.decoding import GoneError
 from vitprobe.images.sources import Images
 from vitprobe.models.loading import Model
@@ -73,6 +73,9 @@ class TransformedImages(Dataset):
         except GoneError as error:
             return Failure(str(error), gone=True)
         except BaseException as error:
+            if ran_out(error):
+                # Nothing is known about the image: leaving it out would be wrong.
+                return _stop(self._too_large(position, error))
             if not is_error(error):
                 raise
             # Decoders of damaged images raise anything; it is told, and too many stop the run.
@@ -86,6 +89,8 @@ class TransformedImages(Dataset):
             try:
                 given = transform(image)
             except BaseException as error:
+                if ran_out(error):
+                    return _stop(self._too_large(position, error))
                 if not is_error(error):
                     raise
                 return _stop(f"The transform of {owner} raised {describe(error)} at {name}.")
@@ -95,6 +100,12 @@ class TransformedImages(Dataset):
                 return _stop(f"The transform of {owner} gave {error} for {name}: a tensor "
                              f"(C, H, W) is expected.")  # fmt: skip
         return found
+
+    def _too_large(self, position: int, error: BaseException) -> str:
+        return (
+            f"Out of memory while {self.images.name(position)} was read ({shown(describe(error))});"
+            f" fewer --workers or a smaller --batch-size may fit."
+        )
 
     def __getitems__(self, positions: list[int]) -> list[tuple[int, list[Tensor] | Failure]]:
         return [(position, self[position]) for position in positions]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vitprobe.errors import BatchFailure, VitprobeError
+from vitprobe.errors import BatchFailure, VitprobeError, ran_out
 from vitprobe.images.sources import BROKEN_FRACTION_ALLOWED
 from vitprobe.running import memory, processes
 from vitprobe.running.checkpoint import Checkpoint, Saves, UntilWritten
@@ -233,7 +233,7 @@ def _together(ready: Session, checkpoint: Checkpoint) -> Iterator[None]:
             # Who is asked to stop together with the others sees them end, too.
             if stops.asked or isinstance(error, KeyboardInterrupt):
                 raise Interrupted(f"Stopped; {_way(checkpoint)}", stops.status) from None
-            if memory.ran_out(error):
+            if ran_out(error):
                 raise
             raise VitprobeError(
                 f"Another process of this run ended early; {_way(checkpoint)}"
@@ -242,12 +242,8 @@ def _together(ready: Session, checkpoint: Checkpoint) -> Iterator[None]:
 
 def _told(ready: Session, error: BaseException, checkpoint: Checkpoint) -> VitprobeError | None:
     """What a user can do about an exception from the loop, where there is something."""
-    size = ready.options.batch_size
-    if memory.ran_out(error):
-        return VitprobeError(
-            f"Out of memory on {ready.device} at --batch-size {size}; "
-            + (f"try --batch-size {size // 2}." if size > 1 else "a smaller model may fit.")
-        )
+    if ran_out(error):
+        return VitprobeError(f"{memory.out_of_memory(ready.device, ready.options.batch_size)}.")
     # What a dead process has left behind is a broken connection or a word from torch.
     decoders = ready.workers(len(ready.batches)) > 0
     broken = decoders and isinstance(error, (ConnectionError, EOFError))

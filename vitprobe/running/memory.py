@@ -19,15 +19,6 @@ _LIMITS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
-_OUT = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "cublas_status_alloc_failed",
-    "could not create a primitive",  # oneDNN's word for it
-    "could not create a memory object",
-)
 
 
 @dataclass(frozen=True)
@@ -164,8 +155,7 @@ def _group(files: tuple[str, str]) -> int | None:
     return max(0, limit - used + cached)
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT)
+def out_of_memory(device: Any, batch_size: int) -> str:
+    """The line for memory that ran out, with the batch size to try."""
+    way = f"try --batch-size {batch_size // 2}" if batch_size > 1 else "a smaller model may fit"
+    return f"Out of memory on {device} at --batch-size {batch_size}; {way}"

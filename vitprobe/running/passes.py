@@ -13,12 +13,12 @@ from typing import Any
 
 from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.images.sources import Images, open_images
-from vitprobe.models.loading import Model, load_models
+from vitprobe.models.loading import Model
 from vitprobe.results.result import Result
 from vitprobe.running.loop import run
 from vitprobe.running.measurement import Measurement, Watch, WeightsMeasurement, check_batch_size
 from vitprobe.running.options import Options
-from vitprobe.running.session import Batch, Session, Sums, session
+from vitprobe.running.session import Batch, Session, Sums, ready_models, session, told
 
 
 @dataclass
@@ -70,7 +70,7 @@ def measure_one(
         VitprobeError: see the measurement; unknown models or images; activations not finite.
     """
     options = options or Options()
-    loaded = load_models(models, options.image_size, options.seed, options.names)
+    loaded = ready_models(models, options)
     measurement, images, options = measurement.on(loaded, images, options, False)
     with _opened([measurement], loaded, images, options) as ready:
         return measure_prepared(measurement, ready)
@@ -104,7 +104,7 @@ def measure_each(
         go_on: where one fails, make the others; ``failed`` then says why.
     """
     options = options or Options()
-    loaded = load_models(models, options.image_size, options.seed, options.names)
+    loaded = ready_models(models, options)
     found = Results()
     for shared in _shared(measurements, loaded, images, options, found):
         try:
@@ -124,7 +124,7 @@ def measure_each(
     for name, one in measurements.items():
         if isinstance(one, WeightsMeasurement):
             try:
-                found[name] = _of_weights(one, loaded, options.seed)
+                found[name] = _of_weights(one, loaded, options)
             except NotApplicable as error:
                 found.missing[name] = str(error)
             except VitprobeError as error:
@@ -194,11 +194,12 @@ def _together(
         return {part.name: _result(part) for part in parts}
 
 
-def _of_weights(measurement: WeightsMeasurement, loaded: list[Model], seed: int) -> Result:
+def _of_weights(measurement: WeightsMeasurement, loaded: list[Model], options: Options) -> Result:
     chosen, without = loaded, dict[str, str]()
     while True:
         try:
-            result = measurement.of(chosen, seed)
+            with told(chosen, options):
+                result = measurement.of(chosen, options.seed)
             break
         except NotApplicable as error:
             left = [model for model in chosen if model.name != error.model]

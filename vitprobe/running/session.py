@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, ran_out
 from vitprobe.images.sources import Images, open_images
 from vitprobe.models.loading import Model, load_models
 from vitprobe.models.precision import input_type
 from vitprobe.results.provenance import models_meta, versions
 from vitprobe.running import memory, processes
+from vitprobe.running.checkpoint import UntilWritten
 from vitprobe.running.devices import exact, prepared, resolve_device
 from vitprobe.running.layout import channels_last
 from vitprobe.running.loading import Failure, TransformedImages, batches
@@ -293,9 +294,8 @@ def session(
         VitprobeError: fewer images than ``at_least``, or a model that has no transform for them.
     """
     options = options or Options()
-    loaded: list[Model] = []
-    try:
-        loaded = load_models(models, options.image_size, options.seed, options.names)
+    loaded = ready_models(models, options)
+    with told(loaded, options):
         opened = open_images(images, options.num_images, options.seed)
         if opened.batches is not None:
             options = replace(options, batch_size=max(map(len, opened.batches)))
@@ -310,13 +310,30 @@ def session(
             ready.channels_last = taken or ready.channels_last
             ready.keep_example()
             yield ready
+
+
+def ready_models(models: Any, options: Options) -> list[Model]:
+    """The models of a session; see ``load_models``."""
+    with told([], options):
+        return load_models(models, options.image_size, options.seed, options.names)
+
+
+@contextmanager
+def told(models: list[Model], options: Options) -> Iterator[None]:
+    """Within it, memory that runs out and what a forward pass raises become one line.
+
+    Raises:
+        VitprobeError: that line.
+    """
+    try:
+        yield
     except VitprobeError:
         raise
     except BaseException as error:
-        told = _told(error, loaded, options)
-        if told is None:
+        line = _told(error, models, options)
+        if line is None:
             raise
-        raise told from error
+        raise line from error
 
 
 def _check_fit(models: list[Model], images: Images, at_least: int) -> None:
@@ -339,11 +356,14 @@ def _check_fit(models: list[Model], images: Images, at_least: int) -> None:
 
 def _told(error: BaseException, models: list[Model], options: Options) -> VitprobeError | None:
     """What a user can do about an exception outside of the loop, where there is something."""
-    if memory.ran_out(error):
-        named = " and ".join(model.name for model in models) or "the models"
+    if ran_out(error):
+        names = " and ".join(model.name for model in models)
+        named = f" (models: {names})" if names else ""
+        line = memory.out_of_memory(resolve_device(options.device), options.batch_size)
+        kept = options.checkpoint
+        saved = isinstance(kept, UntilWritten) and kept.saved()
         return VitprobeError(
-            f"Out of memory on {options.device} for {options.batch_size} images per batch and "
-            f"{named}."
+            f"{line}{named}." + (" Run the same command to resume." if saved else "")
         )
     return forward_failure(error, [(model.name, model.module) for model in models])
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, ran_out
 from vitprobe.tracing.observing import parts
 from vitprobe.tracing.trace import Addition, AdditionHooks, tensors, unobserved
 
@@ -135,7 +135,9 @@ def examine(
         _watch(module, bright, additions, into(three))
     except VitprobeError:
         raise
-    except Exception:
+    except Exception as error:
+        if ran_out(error):
+            raise
         # It checks the range of its images.
         _watch(module, plain, additions, into(three))
     _watch(module, pair, additions, into(two))
