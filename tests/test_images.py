@@ -345,7 +345,7 @@ def test_an_archive_that_unfolds_beyond_the_memory_is_not_unfolded(tmp_path, mon
     from vitprobe.images import arrays
 
     np.savez_compressed(tmp_path / "x.npz", images=np.zeros((100, 64, 64, 3), np.uint8))
-    monkeypatch.setattr(arrays, "_memory", lambda: 10**6)
+    monkeypatch.setattr(arrays, "memory", lambda: 10**6)
     with pytest.raises(VitprobeError, match="more than the memory here"):
         open_images(tmp_path / "x.npz")
 

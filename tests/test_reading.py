@@ -3,14 +3,17 @@
 import json
 import os
 import random
+import re
 import zipfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 
-from vitprobe import VitprobeError, cka, load_model, load_result, redraw
+from vitprobe import VitprobeError, cka, load_model, load_result, open_images, redraw
 from vitprobe.report import command as report_command
+from vitprobe.results import archives
 from vitprobe.running.checkpoint import Checkpoint
 
 
@@ -35,6 +38,40 @@ def test_flipped_bits_are_one_line_or_change_nothing(result, tmp_path):
             for name, array in result.arrays().items():
                 np.testing.assert_array_equal(again.arrays()[name], array)
     assert told > 100
+
+
+def with_other_lengths(content):
+    """An archive with a bit flipped in each length of its directory's entries, one at a time."""
+    entries = [found.start() for found in re.finditer(b"PK\x01\x02", content)]
+    assert len(entries) > 1
+    for at in (entry + field for entry in entries for field in range(28, 34)):
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << bit
+            yield damaged
+
+
+def test_no_array_is_lost_behind_a_damaged_length(result, tmp_path):
+    """What came with a later version is optional, and so are labels beside images."""
+    path = tmp_path / "x.npz"
+    for damaged in with_other_lengths(result.npz()):
+        path.write_bytes(damaged)
+        with suppress(VitprobeError):
+            assert load_result(path).null_q95.shape == result.null_q95.shape
+            assert load_result(path).null_max_q95.shape == (1, 1)
+    np.savez(path, images=np.zeros((6, 8, 8, 3), np.uint8), labels=np.arange(6) % 2)
+    for damaged in with_other_lengths(path.read_bytes()):
+        path.write_bytes(damaged)
+        with suppress(VitprobeError):
+            assert open_images(path).classes == ("0", "1")
+
+
+def test_a_result_that_unfolds_beyond_the_memory_is_not_unfolded(result, tmp_path, monkeypatch):
+    path = forged(result, tmp_path / "x.npz")
+    monkeypatch.setattr(archives, "memory", lambda: 100)
+    for read in (load_result, lambda path: cka.from_features(str(path))):
+        with pytest.raises(VitprobeError, match=r"x\.npz unfolds to .* GiB, more than the memory"):
+            read(path)
 
 
 def forged(result, path, meta=None, **arrays):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from vitprobe.errors import VitprobeError, describe
+from vitprobe.results.archives import entries, memory
 
 IMAGE_KEYS = ("images", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "targets", "label", "target")
@@ -55,7 +55,7 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
     with zipfile.ZipFile(path) as archive:
         shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         sizes: dict[str, int] = {}
-        for info in archive.infolist():
+        for info in entries(path):
             key = info.filename.removesuffix(".npy")
             with archive.open(info) as member:
                 *shape_and_type, start = _header(member)
@@ -70,8 +70,7 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
     if not shapes:
         raise VitprobeError(f"There are no arrays in {path}.")
     key = _key_of_images(path, shapes)
-    memory = _memory()
-    if memory is not None and sizes[key] > memory:
+    if sizes[key] > (memory() or sizes[key]):
         raise VitprobeError(
             f"The {sizes[key] / 2**30:.1f} GiB of {key!r} in {path} are more than the memory here."
         )
@@ -110,14 +109,6 @@ def _key_of_images(path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype
         f"Which array of {path} holds the images is not clear: it has {listed}. Their key should "
         f"be 'images', that of their labels 'labels'."
     )
-
-
-def _memory() -> int | None:
-    """Bytes of memory that this machine has, where the system tells."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def checked_images(array: np.ndarray, label: str) -> np.ndarray:

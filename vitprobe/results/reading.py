@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vitprobe.errors import VitprobeError, ran_out
+from vitprobe.results.archives import read_all
 
 
 def read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -21,11 +22,12 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not path.is_file():
         raise VitprobeError(f"No such result file: {str(path)!r}.")
     try:
-        with np.load(path, allow_pickle=False) as loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
+        arrays = read_all(path)
         meta = json.loads(str(arrays.pop("meta")))
         if not isinstance(meta["analysis"], str):
             raise TypeError("the name of a measurement is text")
+    except VitprobeError:
+        raise
     except Exception as error:
         if ran_out(error):
             raise

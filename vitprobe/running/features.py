@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitprobe.errors import VitprobeError, ran_out
 from vitprobe.images.arrays import LABEL_KEYS, checked_labels
+from vitprobe.results.archives import read_all
 from vitprobe.tracing.places import Places
 
 META = "meta.json"
@@ -161,8 +162,9 @@ def _read(path: Path) -> Iterator[Source]:
         if path.suffix == ".npy":
             layers = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)}
         else:
-            with np.load(path, allow_pickle=False) as loaded:
-                layers = {name: loaded[name] for name in loaded.files}
+            layers = read_all(path)
+    except VitprobeError:
+        raise
     except Exception as error:
         if ran_out(error):
             raise
