@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from vitprobe.errors import VitprobeError, describe
-from vitprobe.results.archives import entries, memory
+from vitprobe.results.archives import entries, header, memory
 
 IMAGE_KEYS = ("images", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "targets", "label", "target")
@@ -43,7 +43,7 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
 
 def _npy(path: Path) -> np.ndarray:
     with path.open("rb") as file:
-        shape, dtype, size = _header(file)
+        shape, dtype, size = header(file)
     declared = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if declared > path.stat().st_size - size:
         raise VitprobeError(f"{path} ends before its {' × '.join(map(str, shape))} values do.")
@@ -58,7 +58,7 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
         for info in entries(path):
             key = info.filename.removesuffix(".npy")
             with archive.open(info) as member:
-                *shape_and_type, start = _header(member)
+                *shape_and_type, start = header(member)
             shapes[key] = tuple(shape_and_type)  # type: ignore[assignment]
             shape, dtype = shapes[key]
             sizes[key] = int(np.prod(shape, dtype=object)) * dtype.itemsize
@@ -78,20 +78,6 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
         labels_key = next((k for k in LABEL_KEYS if k in shapes and k != key), None)
         labels = loaded[labels_key] if labels_key else None
         return loaded[key], labels, f"{path.name} ({key})"
-
-
-def _header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape and type of an array that follows in a file, and where its values begin."""
-    version = np.lib.format.read_magic(file)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, _, dtype = read(file)
-    if dtype.hasobject:
-        raise ValueError("arrays of Python objects are not read")
-    return shape, dtype, file.tell()
 
 
 def _key_of_images(path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:

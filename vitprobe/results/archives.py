@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,20 @@ def entries(path: Path) -> list[zipfile.ZipInfo]:
     return found
 
 
+def header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and type of an array that follows in a file, and where its values begin."""
+    version = np.lib.format.read_magic(file)
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("arrays of Python objects are not read")
+    return shape, dtype, file.tell()
+
+
 def read_all(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an archive by name.
 
@@ -41,7 +56,14 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
         VitprobeError: they unfold to more than the memory of this machine.
         Exception: whatever readers of damaged files raise.
     """
-    size = sum(entry.file_size for entry in entries(path))
+    size = 0
+    with zipfile.ZipFile(path) as archive:
+        for entry in entries(path):
+            with archive.open(entry) as member:
+                shape, dtype, start = header(member)
+            if int(np.prod(shape, dtype=object)) * dtype.itemsize != entry.file_size - start:
+                raise ValueError(f"{entry.filename} is of another size than its header says")
+            size += entry.file_size
     if size > (memory() or size):
         raise VitprobeError(
             f"{path} unfolds to {size / 2**30:,.1f} GiB, more than the memory here."
