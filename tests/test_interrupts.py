@@ -2,10 +2,11 @@
 
 import signal
 import sys
+import time
 
 import pytest
 
-from vitprobe import cka, report
+from vitprobe import VitprobeError, cka, report, skip_ratio
 from vitprobe.results.result import Result
 from vitprobe.running import session as sessions
 from vitprobe.running.interrupts import HeldBack
@@ -79,3 +80,54 @@ def test_one_within_another_takes_the_signals(usual):
             assert {one: signal.getsignal(one) for one in STOPS} == usual
         assert signal.getsignal(signal.SIGTERM) == outer._arrived
     assert {one: signal.getsignal(one) for one in STOPS} == usual
+
+
+def test_one_that_comes_while_an_object_is_finalised_comes_again(usual, capsys):
+    """Python drops what is raised there, and prints a traceback."""
+
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = sys.unraisablehook
+    with HeldBack() as stops, pytest.raises(KeyboardInterrupt):
+        thing = Finalised()
+        del thing
+        for _ in range(1000):
+            time.sleep(0.01)
+    assert stops.status == 128 + signal.SIGTERM and capsys.readouterr().err == ""
+    assert sys.unraisablehook is before
+
+
+def test_a_report_stopped_while_it_draws_measures_nothing_again(
+    tmp_path, usual, monkeypatch, capsys
+):
+    asked = [*arguments(tmp_path), "--only", "cka", "skip_ratio"]
+    with monkeypatch.context() as patch:
+        patch.setattr(skip_ratio.RESULT, "plot", lambda self: signal.raise_signal(signal.SIGTERM))
+        assert report.main(asked) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "vitprobe: Stopped. Run the same command to resume.\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(cka._Watch, "end", None)
+        assert report.main(asked) == 0
+    left = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert left == ["x-cka.npz", "x-cka.png", "x-skip_ratio.npz", "x-skip_ratio.png", "x.html"]
+
+
+def test_what_was_begun_together_is_not_left_where_each_is_measured_alone(
+    tmp_path, monkeypatch, capsys
+):
+    passes = []
+    end = skip_ratio._Watch.end
+
+    def fails_once(self, batch):
+        passes.append(batch.index)
+        if len(passes) == 3:
+            raise VitprobeError("odd")
+        end(self, batch)
+
+    monkeypatch.setattr(skip_ratio._Watch, "end", fails_once)
+    assert report.main([*arguments(tmp_path), "--only", "cka", "skip_ratio"]) == 0
+    assert passes == [0, 1, 2, 0, 1, 2, 3]
+    left = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert left == ["x-cka.npz", "x-cka.png", "x-skip_ratio.npz", "x-skip_ratio.png", "x.html"]

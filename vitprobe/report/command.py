@@ -87,21 +87,23 @@ class Report:
                     result.meta["report"] = {"asked": asked[name], "of": len(results)}
                 kept[name] = results
         if processes.is_main_process():
-            for name in self.planned:
-                for result in kept[name] or []:
-                    self._draw(result)
+            results = [result for name in self.planned for result in kept[name] or []]
+            for result in results:
+                if self.args.title:
+                    result.meta["title"] = shown(self.args.title)
+            # All numbers before the first figure: those that were lost would be measured again.
+            write_atomically({self._file(result): result.npz() for result in results})
             until_written.written()
+            for result in results:
+                self._draw(result)
 
     def _draw(self, result: Result) -> None:
         file = self._file(result)
-        if self.args.title:
-            result.meta["title"] = shown(self.args.title)
         figure = result.plot()
         png = render(figure, "png")
         formats = self.args.format
         drawn = {name: png if name == "png" else render(figure, name) for name in formats}
-        contents = {file.with_suffix(f".{name}"): content for name, content in drawn.items()}
-        write_atomically({**contents, file: result.npz()})
+        write_atomically({file.with_suffix(f".{name}"): one for name, one in drawn.items()})
         reasons = tuple(result.meta.get("without", {}).values())
         self.sections.append(Section(result, figure, png, file.name, reasons))
 

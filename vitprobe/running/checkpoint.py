@@ -35,11 +35,23 @@ class UntilWritten:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.runs: list[Checkpoint] = []
+        # Of runs that failed, to go on from; unless what they measured is measured otherwise.
+        self.failed: list[Checkpoint] = []
 
     def written(self) -> None:
         """The result is on disk: the states have served."""
         for run in self.runs:
             run.remove()
+
+    def instead(self, failed: list[Checkpoint]) -> None:
+        """What these failed runs were to measure has been measured by others."""
+        for run in failed:
+            self.failed.remove(run)
+            if run.rank == 0:
+                self.runs.append(run)
+            else:
+                # Its disk may be one that the main process does not see.
+                run.remove_own()
 
     def saved(self) -> bool:
         """Whether a run that begins anew need not start over."""
@@ -139,6 +151,11 @@ class Checkpoint:
             file.unlink(missing_ok=True)
         if self.path is not None and self.path.parent.is_dir():
             sweep(self.path.parent, f".{self.path.name}.{self.key[:12]}.")
+
+    def remove_own(self) -> None:
+        """Remove the file of this process."""
+        if self.path is not None:
+            self._file(self.rank).unlink(missing_ok=True)
 
     def save_whole(self, state: dict[str, Tensor]) -> bool:
         """Write the totals of all processes, rank 0 for all of them; whether that went well."""

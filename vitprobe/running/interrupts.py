@@ -7,6 +7,7 @@ would add the batch again when it is resumed, and count a part of it twice.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import Any
 # Ctrl-C under torchrun arrives twice, from the terminal and from torchrun; somebody who presses it
 # again after this many seconds does not want to wait for the batch to end.
 AGAIN_S = 1.0
+# One that came while an object was finalised is asked for once more after this many seconds.
+LOST_S = 0.05
 
 
 class Interrupted(Exception):
@@ -51,6 +54,7 @@ class HeldBack:
         self._holding = False
         self._first: float | None = None
         self._before: dict[int, Any] = {}
+        self._unraisable: Any = None
 
     def __enter__(self) -> HeldBack:
         usual: dict[int, Any] = {
@@ -65,9 +69,13 @@ class HeldBack:
                 if (current == handler and self.takes) or _outer(current):
                     mine = self._arrived if self.takes else handler
                     self._before[number] = signal.signal(number, mine)
+        if self._before:
+            self._unraisable, sys.unraisablehook = sys.unraisablehook, self._lost
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self._before:
+            sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             signal.signal(number, handler)
             outer = _outer(handler)
@@ -104,6 +112,22 @@ class HeldBack:
     def _stop_if_asked(self) -> None:
         if self.asked:
             raise KeyboardInterrupt
+
+    def _lost(self, told: Any) -> None:
+        """Python drops, and prints, what is raised while an object is finalised."""
+        if not issubclass(told.exc_type, KeyboardInterrupt) or self._first is None:
+            self._unraisable(told)
+            return
+        main, number = threading.main_thread().ident, self.status - 128
+        self._first = None
+
+        def again() -> None:
+            if main is not None and signal.getsignal(number) == self._arrived:
+                signal.pthread_kill(main, number)
+
+        timer = threading.Timer(LOST_S, again)
+        timer.daemon = True
+        timer.start()
 
     def _arrived(self, number: int, frame: Any) -> None:
         now = time.monotonic()

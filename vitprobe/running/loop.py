@@ -85,6 +85,8 @@ def run(
                 _forecast(ready, sums, scratch)
             _over(ready, todo, step, state, checkpoint, mine)
     except VitprobeError as error:
+        if until_written is not None:
+            until_written.failed.append(checkpoint)
         if world == 1 or not ready.goes_on:
             raise
         failure = error

@@ -15,6 +15,7 @@ from vitprobe.errors import NotApplicable, VitprobeError
 from vitprobe.images.sources import Images, open_images
 from vitprobe.models.loading import Model
 from vitprobe.results.result import Result
+from vitprobe.running.checkpoint import UntilWritten
 from vitprobe.running.loop import run
 from vitprobe.running.measurement import Measurement, Watch, WeightsMeasurement, check_batch_size
 from vitprobe.running.options import Options
@@ -115,12 +116,16 @@ def measure_each(
             if len(shared) == 1:
                 found.failed[shared[0].name] = str(error)
                 continue
+            kept = options.checkpoint
+            failed = list(kept.failed) if isinstance(kept, UntilWritten) else []
             # Whose fault it is shows when each is measured by itself.
             for alone in shared:
                 try:
                     found.update(_together([alone], loaded, found, go_on))
                 except VitprobeError as own:
                     found.failed[alone.name] = str(own)
+            if isinstance(kept, UntilWritten):
+                kept.instead(failed)
     for name, one in measurements.items():
         if isinstance(one, WeightsMeasurement):
             try:
