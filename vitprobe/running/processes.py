@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,7 @@ from vitprobe.errors import VitprobeError
 # A process that has done its share waits for the slowest one; torchrun sees to it that nobody
 # waits for a dead one, so the group itself need not give up.
 PATIENCE = timedelta(days=30)
+LETTING_GO_S = 0.1
 # What torchrun tells each process, beside their number, for them to meet.
 MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -93,6 +95,10 @@ def joined() -> bool:
 def leave() -> None:
     """Leave the group, if there is one; all of its processes have what they need."""
     if joined():
+        # A thread of gloo may still hold the last tensor, and need Python's lock to let go of it.
+        # Before torch 2.8 the group is destroyed under that lock, and would wait for the thread
+        # for ever (github.com/pytorch/pytorch/pull/154976).
+        time.sleep(LETTING_GO_S)
         torch.distributed.destroy_process_group()
 
 
