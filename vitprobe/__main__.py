@@ -80,6 +80,10 @@ def _main(argv: Sequence[str] | None) -> int:
         except BrokenPipeError:
             # The reader (head, less) has seen enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"vitprobe: stdout cannot be written: {error.strerror}.", file=sys.stderr)
+            return 2
         return 0
     if arguments[0] == "--version":
         print(__version__)

@@ -1,6 +1,7 @@
 """The one exception for what a user can put right."""
 
 import errno
+import os
 import re
 import signal
 import sys
@@ -133,7 +134,9 @@ def tell_stops_in_a_line() -> None:
 
     def hook(kind: type[BaseException], raised: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            print("vitprobe: Stopped.", file=sys.stderr)
+            # One line for all processes of a run.
+            if os.environ.get("RANK", "0") == "0":
+                print("vitprobe: Stopped.", file=sys.stderr)
         else:
             before(kind, raised, trace)
 

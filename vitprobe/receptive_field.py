@@ -36,6 +36,7 @@ from vitprobe.images.sources import open_images
 from vitprobe.models.loading import Model
 from vitprobe.papers.raghu2021 import fields
 from vitprobe.results import drawing, field_figure
+from vitprobe.results.printing import on_terminal
 from vitprobe.results.result import Finding, Result, Text, plain
 from vitprobe.running import processes
 from vitprobe.running.centre_plans import failed, no_gradient, plan_of
@@ -220,7 +221,7 @@ class _Watch(Watch):
 
     def end(self, batch: Batch) -> None:
         count = sum(len(plan.sites) * -(-len(batch) // plan.at_once) for plan in self.plans)
-        silent = self.ready.options.quiet or not sys.stderr.isatty()
+        silent = self.ready.options.quiet or not on_terminal(sys.stderr)
         silent = silent or not processes.is_main_process()
         progress = tqdm(
             total=count,

@@ -87,6 +87,11 @@ def as_printed(path: Path, stream: IO[str] | None = None) -> str:
     return shown(text) if stream.isatty() else text
 
 
+def on_terminal(stream: IO[str] | None) -> bool:
+    """Whether somebody looks on; a program without a terminal may have no such stream at all."""
+    return stream is not None and stream.isatty()
+
+
 def duration(seconds: float) -> str:
     """``0.8 s``, ``42 s``, ``3 min 5 s``, ``2 h 10 min``."""
     if seconds < 9.95:

@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from typing import IO, Any, cast
 
 from vitprobe.errors import VitprobeError, describe, ran_out
 from vitprobe.running import processes
@@ -32,15 +33,25 @@ def guarded(
     Returns:
         The exit status.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper):
         # Where stdout is not UTF-8 (a pipe on Windows), ‖x‖ or a name must not end a run.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    with HeldBack() as stops:
+        out.reconfigure(errors="backslashreplace")
+    # Programs without a terminal may have neither stream.
+    with (
+        HeldBack() as stops,
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(cast(IO[str], _Out(out or nowhere))),
+        redirect_stderr(cast(IO[str], _Err(sys.stderr or nowhere))),
+    ):
         try:
             body()
+            sys.stdout.flush()
         except VitprobeError as error:
             if debug:
                 traceback.print_exc()
+            if isinstance(error, Unprintable):
+                _give_up(out)
             tell(str(error))
             return FAILED
         except Interrupted as stop:
@@ -51,7 +62,7 @@ def guarded(
             return stops.status
         except BrokenPipeError:
             # The reader of stdout has left (head, less): nothing to tell it, nothing went wrong.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _give_up(out)
         except Exception as error:
             if not ran_out(error):
                 raise
@@ -60,6 +71,53 @@ def guarded(
             tell(f"Out of memory ({describe(error)}).{RESUME if saved() else ''}")
             return FAILED
     return 0
+
+
+class Unprintable(VitprobeError):
+    """stdout cannot be written; files have been by then."""
+
+
+class _Stream:
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[..., Any], *args: str) -> Any:
+        raise NotImplementedError
+
+
+class _Out(_Stream):
+    """stdout, whose errors are told from those of other files."""
+
+    def _try(self, call: Callable[..., Any], *args: str) -> Any:
+        try:
+            return call(*args)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise Unprintable(f"stdout cannot be written: {error.strerror}.") from error
+
+
+class _Err(_Stream):
+    """stderr, which may be a file on a disk that is full: no run ends for a remark."""
+
+    def _try(self, call: Callable[..., Any], *args: str) -> Any:
+        with suppress(OSError):
+            return call(*args)
+
+
+def _give_up(stream: IO[str]) -> None:
+    """Let Python, as it ends, write what is left in a stream that cannot be written."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def tell(message: str) -> None:

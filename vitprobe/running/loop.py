@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from vitprobe.errors import BatchFailure, VitprobeError, ran_out
 from vitprobe.images.sources import BROKEN_FRACTION_ALLOWED
+from vitprobe.results.printing import on_terminal
 from vitprobe.running import memory, processes
 from vitprobe.running.checkpoint import Checkpoint, Saves, UntilWritten
 from vitprobe.running.interrupts import HeldBack, Interrupted
@@ -292,7 +293,7 @@ def _progress(ready: Session, todo: list[int], rank: int) -> Any:
         desc=", ".join(model.name for model in ready.models),
         unit=" images",
         dynamic_ncols=True,
-        disable=ready.options.quiet or rank > 0 or not sys.stderr.isatty(),
+        disable=ready.options.quiet or rank > 0 or not on_terminal(sys.stderr),
         file=sys.stderr,
     )
 
