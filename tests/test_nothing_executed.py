@@ -69,9 +69,12 @@ def test_images(evil, tmp_path):
     np.save(tmp_path / "i.npy", evil)
     np.savez(tmp_path / "i.npz", images=evil)
     np.savez(tmp_path / "l.npz", images=np.zeros((2, 4, 4, 3), np.uint8), labels=evil)
-    for name in ("i.npy", "i.npz", "l.npz"):
+    for name in ("i.npy", "i.npz"):
         with pytest.raises(VitprobeError):
             open_images(tmp_path / name)
+    # What needs no labels does without them; who asks for them is told.
+    images = open_images(tmp_path / "l.npz")
+    assert images.labels is None and "not Python objects" in images.no_labels
 
 
 def test_weights(evil, tmp_path):

@@ -262,7 +262,7 @@ def run(
         ]
         if not args.models:
             raise VitprobeError("--models: expected at least one NAME, NAME@random or NAME@FILE.")
-        check_writable(args.out, stem(args, name))
+        check_writable(args.out, stem(args, name), (*args.format, "npz"))
         result = measure(args)
         processes.leave()
         if args.title:
@@ -300,16 +300,16 @@ def conclude(args: argparse.Namespace, paths: Sequence[Path], findings: Sequence
     told(paths, findings, time.monotonic() - args.began)
 
 
-def check_writable(out: Path, stem: str) -> None:
+def check_writable(out: Path, stem: str, suffixes: Sequence[str] = ()) -> None:
     """Fail before the work, not after it: no folder, no right to write, no such name."""
     if Path(stem).name != stem:
         raise VitprobeError(f"--stem: expected a file name without folders, not {stem!r}.")
     if os.name == "nt" and not _is_windows_name(stem):
         raise VitprobeError(f"--stem: Windows has no files of the name {stem!r}.")
     check_folder(out)
-    # Found out while files are renamed, it would come after the figure has its place.
-    if (out / f"{stem}.npz").is_dir():
-        raise VitprobeError(f"--out: {out / stem}.npz cannot be written: a folder has its name.")
+    for file in (out / f"{stem}.{suffix}" for suffix in suffixes):
+        if file.is_dir():
+            raise VitprobeError(f"--out: {file} cannot be written: a folder has its name.")
     try:
         # As long as the longest name that is to come, that of a state being written.
         probe = out / f".{stem}.{'-' * 50}{os.getpid()}"

@@ -109,7 +109,7 @@ def ran_out(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: Python's, the system's, or a library's."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(error).lower()
+    text = _words(error).lower()
     if isinstance(error, OSError):
         # What comes from another process has its number in its words alone.
         return error.errno == errno.ENOMEM or f"[errno {errno.ENOMEM}]" in text
@@ -117,12 +117,20 @@ def ran_out(error: BaseException) -> bool:
     return words and any(word in text for word in _OUT_OF_MEMORY)
 
 
+def _words(error: BaseException) -> str:
+    """The message of an exception, whose class may be anybody's."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"(its message raises {type(other).__name__})"
+
+
 MAX_LETTERS = 300
 
 
 def describe(error: BaseException) -> str:
     """Type and message of an exception in one line."""
-    text = " ".join(str(error).split())
+    text = " ".join(_words(error).split())
     if len(text) > MAX_LETTERS:
         text = f"{text[:MAX_LETTERS]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

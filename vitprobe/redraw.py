@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = load_result(file)
             out = args.out or file.parent
             stem = args.stem or file.stem
-            cli.check_writable(out, stem)
+            cli.check_writable(out, stem, args.format)
             if args.title:
                 result.meta["title"] = shown(args.title)
             try:

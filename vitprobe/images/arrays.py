@@ -11,15 +11,20 @@ import numpy as np
 from torch import Tensor
 
 from vitprobe.errors import VitprobeError, describe
-from vitprobe.results.archives import entries, header, memory
+from vitprobe.images.folders import shown_classes
+from vitprobe.results.archives import entries, header, memory, refuse_objects
 
 IMAGE_KEYS = ("images", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "targets", "label", "target")
 EXPECTED = "uint8 (n, H, W, 3), or (n, H, W) for grey ones"
 
 
-def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """The images in a file, their labels where it has some, and what the images are called.
+def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None, str, str]:
+    """The images in a file and their labels.
+
+    Returns:
+        the images, the labels or None, what the images are called, and why there are no labels
+        where the file has something that may have been meant as such.
 
     Raises:
         VitprobeError: it cannot be read, or which array holds the images cannot be told.
@@ -28,7 +33,7 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
         raise VitprobeError(f"{path} is not a regular file.")
     try:
         if path.suffix.lower() == ".npy":
-            return _npy(path), None, path.name
+            return _npy(path), None, path.name, ""
         return _npz(path)
     except VitprobeError:
         raise
@@ -44,6 +49,7 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
 def _npy(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         shape, dtype, size = header(file)
+    refuse_objects(dtype)
     declared = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if declared > path.stat().st_size - size:
         raise VitprobeError(f"{path} ends before its {' × '.join(map(str, shape))} values do.")
@@ -51,7 +57,7 @@ def _npy(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str, str]:
     with zipfile.ZipFile(path) as archive:
         shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         sizes: dict[str, int] = {}
@@ -62,7 +68,8 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
             shapes[key] = tuple(shape_and_type)  # type: ignore[assignment]
             shape, dtype = shapes[key]
             sizes[key] = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            if sizes[key] != info.file_size - start:
+            # Objects are as long as they are; only where they are asked for do they matter.
+            if sizes[key] != info.file_size - start and not dtype.hasobject:
                 raise VitprobeError(
                     f"{key!r} in {path} is said to be {' × '.join(map(str, shape))} of {dtype}, "
                     f"but has {info.file_size:,} bytes."
@@ -70,14 +77,32 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
     if not shapes:
         raise VitprobeError(f"There are no arrays in {path}.")
     key = _key_of_images(path, shapes)
+    refuse_objects(shapes[key][1])
     if sizes[key] > (memory() or sizes[key]):
         raise VitprobeError(
             f"The {sizes[key] / 2**30:.1f} GiB of {key!r} in {path} are more than the memory here."
         )
     with np.load(path, allow_pickle=False) as loaded:
+        name = f"{path.name} ({key})"
         labels_key = next((k for k in LABEL_KEYS if k in shapes and k != key), None)
-        labels = loaded[labels_key] if labels_key else None
-        return loaded[key], labels, f"{path.name} ({key})"
+        if labels_key is None:
+            return loaded[key], None, name, _no_labels(name, key, shapes)
+        if shapes[labels_key][1].hasobject:
+            why = f"The labels of {name} must be integers, strings or booleans, not Python objects."
+            return loaded[key], None, name, why
+        return loaded[key], loaded[labels_key], name, ""
+
+
+def _no_labels(name: str, images: str, shapes: Mapping[str, tuple[Any, np.dtype]]) -> str:
+    """Why a file has no labels, where it has other arrays; an empty string where it has none."""
+    others = [f"{key} {dtype}{list(shape)}" for key, (shape, dtype) in shapes.items()
+              if key != images]  # fmt: skip
+    if not others:
+        return ""
+    return (
+        f"{name} has no labels: none of {', '.join(LABEL_KEYS)} is in the file, which has "
+        f"{', '.join(others)} beside the images."
+    )
 
 
 def _key_of_images(path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
@@ -111,6 +136,13 @@ def checked_images(array: np.ndarray, label: str) -> np.ndarray:
         )
     if not array.size:
         raise VitprobeError(f"There are no images in {label}.")
+    if array.ndim == 3 and shape[-1] in (1, 3, 4):
+        # As grey images they would be a few pixels wide.
+        raise VitprobeError(
+            f"{label} is {shape}, which looks like one image: n of them are {EXPECTED}."
+        )
+    if np.ma.is_masked(array):
+        raise VitprobeError(f"Images in {label} are masked: all of their pixels are needed.")
     return array
 
 
@@ -159,10 +191,7 @@ def checked_labels(
         raise VitprobeError(
             f"{label} has {len(labels)} labels for {count} images: one for each is needed."
         )
-    if labels.dtype.kind == "S":
-        # Bytes that are no text are written out: two classes must not become one.
-        labels = np.char.decode(labels, "utf-8", "backslashreplace")
-    if labels.dtype.kind not in "iubU":
+    if labels.dtype.kind not in "iubUS":
         raise VitprobeError(
             f"The labels of {label} must be integers, strings or booleans, not {labels.dtype}."
         )
@@ -171,7 +200,29 @@ def checked_labels(
             raise VitprobeError(f"The labels of {label} go beyond its {len(names)} classes.")
         return labels.astype(np.int64), tuple(names)
     values, indices = np.unique(labels, return_inverse=True)
-    return indices.reshape(-1).astype(np.int64), tuple(str(value) for value in values.tolist())
+    # Bytes that are no text come as what stands for them in names of files.
+    texts = [one.decode("utf-8", "surrogateescape") if isinstance(one, bytes) else str(one)
+             for one in values.tolist()]  # fmt: skip
+    return indices.reshape(-1).astype(np.int64), shown_classes(texts)
+
+
+def by_position(labels: Any) -> Any:
+    """Labels that are found by their positions, also where they are a column of a data frame.
+
+    Raises:
+        VitprobeError: its index counts the rows, in another order than they are in.
+    """
+    if not (hasattr(labels, "iloc") and hasattr(labels, "to_numpy")):
+        return labels
+    index = np.asarray(labels.index)
+    rows = np.arange(len(index))
+    if index.dtype.kind in "iu" and (index != rows).any() and (np.sort(index) == rows).all():
+        raise VitprobeError(
+            "The labels are a column of a data frame whose index counts the rows in another order "
+            "than they are in: give labels.to_numpy() if they are in the order of the images, "
+            "labels.sort_index().to_numpy() if the index is right."
+        )
+    return labels.to_numpy()
 
 
 def _as_array(labels: Any, label: str) -> np.ndarray:
@@ -184,10 +235,13 @@ def _as_array(labels: Any, label: str) -> np.ndarray:
     if np.ma.is_masked(labels):
         raise VitprobeError(f"Labels of {label} are masked: one for each image is needed.")
     try:
+        labels = by_position(labels)
         array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
         # NumPy makes text of all where there is some: 1 and "1" would be one class, a NaN another.
         made_text = array.dtype.kind == "U" and array.ndim == 1
         mixed = made_text and not all(isinstance(one, str) for one in labels)
+    except VitprobeError:
+        raise
     except Exception as error:
         raise VitprobeError(
             f"The labels of {label} cannot be taken as an array: {describe(error)}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from vitprobe.errors import VitprobeError, describe, is_error
+from vitprobe.images.arrays import by_position
 from vitprobe.images.decoding import decoded, rgb
 
 # Where datasets of the usual libraries keep the image of an item.
@@ -46,8 +47,13 @@ class ItemSource:
         self.items, self.what = items, what
         try:
             count = len(items)
-        except (TypeError, ValueError) as error:
-            raise VitprobeError(f"How many images {what} holds is not clear: {error}.") from error
+        except BaseException as error:
+            if not is_error(error):
+                raise
+            # What a sequence or no sequence says is plain; others raise anything.
+            plain = isinstance(error, TypeError | ValueError)
+            reason = str(error) if plain else describe(error)
+            raise VitprobeError(f"How many images {what} holds is not clear: {reason}.") from error
         if not count:
             raise VitprobeError(f"There are no images in {what}.")
         try:
@@ -147,10 +153,25 @@ def image_of(item: Any) -> Image.Image | Tensor:
     if isinstance(item, Image.Image):
         return rgb(item)
     if isinstance(item, Tensor):
+        check_plain(item)
         return _from_tensor(item.detach().cpu())
     if isinstance(item, np.ndarray):
         return _from_array(item)
     raise ValueError(f"a {type(item).__name__}")
+
+
+def check_plain(tensor: Tensor) -> None:
+    """Raise where a tensor does not hold the values of its pixels one by one.
+
+    Raises:
+        ValueError: a sparse one, one without values, one of complex numbers.
+    """
+    if tensor.layout != torch.strided:
+        raise ValueError(f"a sparse tensor of {tuple(tensor.shape)}")
+    if tensor.is_meta:
+        raise ValueError(f"a tensor of {tuple(tensor.shape)} without values (on meta)")
+    if tensor.is_complex():
+        raise ValueError(f"a tensor of {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def _from_tensor(tensor: Tensor) -> Image.Image | Tensor:
@@ -180,6 +201,7 @@ def labels_of(dataset: Any) -> tuple[Sequence[Any] | None, Sequence[str]]:
     ``TensorDataset``, and of these through ``Subset`` and ``ConcatDataset``; None and () elsewhere.
     """
     if isinstance(dataset, Subset):
+        # Subset asks for the items at its indices, whatever an index of a data frame says.
         labels, names = labels_of(dataset.dataset)
         return (None, ()) if labels is None else ([labels[i] for i in dataset.indices], names)
     if isinstance(dataset, ConcatDataset):
@@ -202,7 +224,7 @@ def labels_of(dataset: Any) -> tuple[Sequence[Any] | None, Sequence[str]]:
             return None, ()
     except TypeError:
         return None, ()
-    return targets, _distinct(classes if isinstance(classes, list | tuple) else ())
+    return by_position(targets), _distinct(classes if isinstance(classes, list | tuple) else ())
 
 
 def _distinct(classes: Sequence[Any]) -> list[str]:

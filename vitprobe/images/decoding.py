@@ -48,16 +48,26 @@ def decoded(file: IO[bytes] | Path) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"more than {MAX_PIXELS:,} pixels are not decoded")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ValueError(f"{width} × {height} pixels are longer than {MAX_ASPECT} to 1")
+        _check_aspect(width, height)
         return rgb(image)
+
+
+def _check_aspect(width: int, height: int) -> None:
+    if not width or not height:
+        raise ValueError(f"{width} × {height} pixels are no image")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width} × {height} pixels are longer than {MAX_ASPECT} to 1")
 
 
 def rgb(image: Image.Image) -> Image.Image:
     """The image as a viewer shows it: upright, first frame, 8-bit RGB.
 
     16-bit and floating-point greys are scaled to 8 bits; PIL's own conversion clips them to white.
+
+    Raises:
+        ValueError: no pixels, or longer in one direction than can be resized within bounds.
     """
+    _check_aspect(*image.size)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)

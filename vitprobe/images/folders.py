@@ -6,6 +6,7 @@ Names and sizes are read, no image is: starting on a data set does not cost a pa
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -122,6 +123,16 @@ def _size(entry: os.DirEntry[str]) -> tuple[int | None, int]:
         return -1, 0
 
 
+def unread(folders: Sequence[str]) -> str:
+    """A sentence on folders that cannot be listed, or an empty string."""
+    if not folders:
+        return ""
+    named = ", ".join(shown(name) for name in folders[:3])
+    more = ", ..." if len(folders) > 3 else ""
+    many = f"{len(folders)} folders cannot" if len(folders) > 1 else "1 folder cannot"
+    return f" {many} be read and {'are' if len(folders) > 1 else 'is'} left out: {named}{more}."
+
+
 def classes_of(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
     """The class of each image: the folder directly under the root that holds it, at any depth.
 
@@ -143,9 +154,22 @@ def classes_of(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray | None
 def shown_classes(names: Sequence[str]) -> tuple[str, ...]:
     """Names of classes that can be shown, and by which they stay as many as they are.
 
-    Bytes that are no text are written out: as U+FFFD all of them would be alike.
+    Bytes that are no text are written out: as U+FFFD all of them would be alike. Where something
+    is written out, or a name looks as if it were, its own backslashes are doubled: a folder that
+    is called ``\\x1b`` is not one that is called by that character.
     """
-    return tuple(shown(name.encode("utf-8", "backslashreplace").decode()) for name in names)
+    return tuple(map(_shown_class, names))
+
+
+def _shown_class(name: str) -> str:
+    written = shown(name.encode("utf-8", "backslashreplace").decode())
+    if written == name and not _LOOKS_WRITTEN_OUT.search(name):
+        return name
+    doubled = name.replace("\\", "\\\\")
+    return shown(doubled.encode("utf-8", "backslashreplace").decode())
+
+
+_LOOKS_WRITTEN_OUT = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|[tnr])")
 
 
 def below_common_folder(names: Sequence[str]) -> list[str]:

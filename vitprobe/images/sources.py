@@ -36,6 +36,7 @@ from vitprobe.images.folders import (
     image_files,
     is_litter,
     shown_classes,
+    unread,
 )  # fmt: skip
 from vitprobe.images.loaders import LoaderSource
 
@@ -147,6 +148,9 @@ def open_images(
         images = _from_loader(source)
     elif not isinstance(source, str | Path):
         images = _from_items(source)
+    elif not str(source):
+        # What a variable that is not set leaves; as a path it would be the folder that one is in.
+        raise VitprobeError(f"{option}: expected a path, not an empty text.")
     elif str(source).startswith(TIMM_PREFIXES + STREAM_PREFIXES):
         images = _from_timm(str(source))
     else:
@@ -229,8 +233,20 @@ def _from_items(items: Any) -> Images:
     label = f"a {kind}"
     source = ItemSource(items, label)
     images = Images(label, source, _all(len(source)), source.digest(every))
-    labels, names = labels_of(items)
-    return images if labels is None else _with_labels(images, labels, names)
+    return _with_labels_of(images, items)
+
+
+def _with_labels_of(images: Images, dataset: Any, chosen: Sequence[int] | None = None) -> Images:
+    """With the labels of a dataset, or of the items of it that are chosen, where it has any."""
+    try:
+        labels, names = labels_of(dataset)
+    except VitprobeError as error:
+        return replace(images, no_labels=str(error))
+    if labels is None:
+        return images
+    if chosen is not None:
+        labels = [labels[i] for i in chosen]
+    return _with_labels(images, labels, names)
 
 
 def _from_loader(loader: torch.utils.data.DataLoader) -> Images:
@@ -240,10 +256,7 @@ def _from_loader(loader: torch.utils.data.DataLoader) -> Images:
         # What a process of its own begins with can't be told.
         workers=0 if loader.worker_init_fn else loader.num_workers,
     )  # fmt: skip
-    labels, names = labels_of(loader.dataset)
-    if labels is None:
-        return images
-    return _with_labels(images, [labels[i] for i in source.flat().tolist()], names)
+    return _with_labels_of(images, loader.dataset, source.flat().tolist())
 
 
 def _from_path(path: Path, option: str) -> Images:
@@ -275,25 +288,15 @@ def _from_path(path: Path, option: str) -> Images:
 def _from_folder(path: Path) -> Images:
     found = image_files(path)
     if not found.names:
-        raise VitprobeError(f"There are no images in the folder {path}.{_unread(found.unreadable)}")
+        raise VitprobeError(f"There are no images in the folder {path}.{unread(found.unreadable)}")
     # Names and sizes decide; reading every byte before the first batch would cost a pass.
     parts = [f"{name}\t{size}" for name, size in zip(found.names, found.sizes)]
     absent = frozenset(i for i, size in enumerate(found.sizes) if size < 0)
     files = FileSource(path, found.names, absent)
     images = _labelled(path.absolute().name, files, found.names, parts, found.names)
-    remarks = (_unread(found.unreadable).strip(),) if found.unreadable else ()
+    remarks = (unread(found.unreadable).strip(),) if found.unreadable else ()
     version = _digest([str(changed) for changed in found.changed])
     return replace(images, version=version, remarks=remarks)
-
-
-def _unread(folders: Sequence[str]) -> str:
-    """A sentence on folders that cannot be listed, or an empty string."""
-    if not folders:
-        return ""
-    named = ", ".join(shown(name) for name in folders[:3])
-    more = ", ..." if len(folders) > 3 else ""
-    many = f"{len(folders)} folders cannot" if len(folders) > 1 else "1 folder cannot"
-    return f" {many} be read and {'are' if len(folders) > 1 else 'is'} left out: {named}{more}."
 
 
 @contextmanager
@@ -359,8 +362,9 @@ def _labelled(
 
 
 def _from_array_file(path: Path) -> Images:
-    array, labels, label = read_arrays(path)
-    return _from_array(array, shown(label), labels)
+    array, labels, label, why = read_arrays(path)
+    images = _from_array(array, shown(label), labels)
+    return replace(images, no_labels=images.no_labels or why)
 
 
 def _from_timm(name: str) -> Images:
@@ -392,5 +396,4 @@ def _from_timm(name: str) -> Images:
     table = getattr(getattr(dataset, "reader", None), "dataset", None)
     items = DatasetSource(dataset) if table is None else TableSource(table, name)
     images = Images(name, items, _all(size), _digest([name, str(size)]))
-    labels, classes = labels_of(dataset if table is None else table)
-    return images if labels is None else _with_labels(images, labels, classes)
+    return _with_labels_of(images, dataset if table is None else table)

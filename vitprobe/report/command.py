@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         args.models = args.models or [m for m in DEFAULT_MODELS if m in bundled_models()]
-        cli.check_writable(args.out, cli.stem(args, "report"))
+        cli.check_writable(args.out, cli.stem(args, "report"), ("html",))
         models = load_models(args.models, args.image_size, args.seed, args.names)
         report = Report(args, models, cli.stem(args, "report"))
         report.make()

@@ -44,9 +44,17 @@ def header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
         else np.lib.format.read_array_header_2_0
     )
     shape, _, dtype = read(file)
+    return shape, dtype, file.tell()
+
+
+def refuse_objects(dtype: np.dtype) -> None:
+    """Raise where reading an array would execute what is in it.
+
+    Raises:
+        ValueError: an array of Python objects.
+    """
     if dtype.hasobject:
         raise ValueError("arrays of Python objects are not read")
-    return shape, dtype, file.tell()
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:
@@ -61,6 +69,7 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
         for entry in entries(path):
             with archive.open(entry) as member:
                 shape, dtype, start = header(member)
+            refuse_objects(dtype)
             if int(np.prod(shape, dtype=object)) * dtype.itemsize != entry.file_size - start:
                 raise ValueError(f"{entry.filename} is of another size than its header says")
             size += entry.file_size

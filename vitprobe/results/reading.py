@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 
 from vitprobe.errors import VitprobeError, ran_out
-from vitprobe.results.archives import read_all
+from vitprobe.results.archives import entries, read_all
+
+# Results are small, and measured numbers hardly get smaller when packed. What unfolds to much more
+# than the file is none: it is not unfolded to find that out.
+MUCH, MAX_RATIO = 2**28, 50
 
 
 def read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -22,6 +26,9 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not path.is_file():
         raise VitprobeError(f"No such result file: {str(path)!r}.")
     try:
+        size = sum(entry.file_size for entry in entries(path))
+        if size > max(MUCH, MAX_RATIO * path.stat().st_size):
+            raise ValueError(f"{size} bytes in so small a file")
         arrays = read_all(path)
         meta = json.loads(str(arrays.pop("meta")))
         if not isinstance(meta["analysis"], str):
@@ -76,6 +83,8 @@ def check(
                     f"{name} in {path} has {size} places along {axis}, other arrays have "
                     f"{sizes[axis]}."
                 )
+    if "layers" in arrays and arrays["layers"].dtype.kind != "U":
+        raise VitprobeError(f"layers in {path} are numbers, not names.")
     owner = arrays.get("model_of_layer", np.zeros(0, int))
     if owner.dtype.kind not in "iu" or not np.isin(owner, range(len(models))).all():
         raise VitprobeError(f"model_of_layer in {path} names models that it does not have.")

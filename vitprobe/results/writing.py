@@ -27,6 +27,10 @@ def write_atomically(contents: Mapping[Path, Content]) -> None:
     Raises:
         VitprobeError: a folder cannot be written or the disk is full.
     """
+    for path in contents:
+        # Found out while files are renamed, those before it would have their places already.
+        if path.is_dir():
+            raise VitprobeError(f"{path} cannot be written: a folder has its name.")
     temporaries: dict[Path, str] = {}
     path = Path()
     try:

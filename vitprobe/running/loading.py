@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing.connection
 import multiprocessing.queues
+import os
 import pickle
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vitprobe.errors import VitprobeError, describe, is_error, ran_out, shown
+from vitprobe.images.datasets import check_plain
 from vitprobe.images.decoding import GoneError
 from vitprobe.images.sources import Images
 from vitprobe.models.loading import Model
@@ -76,7 +80,7 @@ class TransformedImages(Dataset):
             if ran_out(error):
                 # Nothing is known about the image: leaving it out would be wrong.
                 return _stop(self._too_large(position, error))
-            if not is_error(error):
+            if not _of_the_code(error):
                 raise
             # Decoders of damaged images raise anything; it is told, and too many stop the run.
             return Failure(shown(describe(error)))
@@ -91,7 +95,7 @@ class TransformedImages(Dataset):
             except BaseException as error:
                 if ran_out(error):
                     return _stop(self._too_large(position, error))
-                if not is_error(error):
+                if not _of_the_code(error):
                     raise
                 return _stop(f"The transform of {owner} raised {describe(error)} at {name}.")
             try:
@@ -137,6 +141,19 @@ class TransformedImages(Dataset):
         )
 
 
+def _of_the_code(error: BaseException) -> bool:
+    """Whether an exception is one of a user's code: a data set, a decoder, a transform.
+
+    Ctrl-C never comes to processes that decode (see ``_be_quiet``), and no generator is closed in
+    the midst of such code: who raises these there means them.
+    """
+    if isinstance(error, GeneratorExit):
+        return True
+    if isinstance(error, KeyboardInterrupt):
+        return get_worker_info() is not None
+    return is_error(error)
+
+
 def _stop(line: str) -> Failure:
     return Failure(line, stops=line)
 
@@ -154,11 +171,16 @@ def as_input(given: Any) -> Tensor:
     # A processor gives a batch of the one image.
     if isinstance(given, list | tuple) and len(given) == 1:
         given = given[0]
-    if isinstance(given, np.ndarray) and given.dtype != object:
-        given = torch.from_numpy(np.ascontiguousarray(given))
+    if isinstance(given, np.ndarray) and given.dtype.kind in "fiub":
+        # torch has numbers of this machine's byte order only.
+        native = np.ascontiguousarray(given, dtype=given.dtype.newbyteorder("="))
+        given = torch.from_numpy(native)
+    elif isinstance(given, np.ndarray):
+        raise ValueError(f"an array of {given.dtype} {given.shape}")
     if not isinstance(given, Tensor):
         kind = "a PIL image" if isinstance(given, Image.Image) else f"a {type(given).__name__}"
         raise ValueError(kind)
+    check_plain(given)
     if given.ndim == 4 and len(given) == 1:
         given = given[0]
     if given.ndim != 3:
@@ -199,6 +221,8 @@ def batches(
         try:
             columns, places, failures = next(loaded)
         except (RuntimeError, ConnectionError, EOFError) as error:
+            if too_many_open(error):
+                raise
             if number == 0 and decoder_ended(error) and _anew():
                 raise VitprobeError(_NEVER_BEGAN) from error
             if workers and (decoder_ended(error) or not isinstance(error, RuntimeError)):
@@ -232,6 +256,17 @@ _NEVER_BEGAN = (
     "(Windows, macOS, Python 3.14), a script needs if __name__ == '__main__': around what it runs; "
     "workers=0 (--workers 0) does without processes."
 )
+
+
+# The status of a process that decodes and could open no more files.
+_FULL = 124
+
+
+def too_many_open(error: BaseException) -> bool:
+    """Whether the system opens no more files, here or in a process that decodes."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return "Too many open files" in str(error) or decoder_status(error) == _FULL
 
 
 def _anew() -> bool:
@@ -280,7 +315,15 @@ def _be_quiet(worker: int) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    def give_up() -> None:
+        # A batch is lost, and the main process would wait for it without end. It hears of the
+        # first process that ends, and ends the others, which may well meet the same.
+        time.sleep(2 * GRACE_S * worker)
+        os._exit(_FULL)
+
     def told(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if too_many_open(error):
+            give_up()
         if not issubclass(kind, ConnectionError | EOFError | KeyboardInterrupt):
             sys.__excepthook__(kind, error, trace)
 
@@ -290,6 +333,8 @@ def _be_quiet(worker: int) -> None:
     usual = queue._on_queue_feeder_error
 
     def on_error(error: Exception, thing: Any) -> None:
+        if too_many_open(error):
+            give_up()
         if not isinstance(error, ConnectionError | EOFError):
             usual(error, thing)
 

@@ -23,7 +23,7 @@ from vitprobe.results.printing import on_terminal
 from vitprobe.running import memory, processes
 from vitprobe.running.checkpoint import Checkpoint, Saves, UntilWritten
 from vitprobe.running.interrupts import HeldBack, Interrupted
-from vitprobe.running.loading import Failure, decoder_ended, decoder_status
+from vitprobe.running.loading import Failure, decoder_ended, decoder_status, too_many_open
 from vitprobe.running.session import Batch, Session, Sums
 from vitprobe.statistics.hsic import MIN_BATCH
 
@@ -247,8 +247,14 @@ def _told(ready: Session, error: BaseException, checkpoint: Checkpoint) -> Vitpr
     """What a user can do about an exception from the loop, where there is something."""
     if ran_out(error):
         return VitprobeError(f"{memory.out_of_memory(ready.device, ready.options.batch_size)}.")
-    # What a dead process has left behind is a broken connection or a word from torch.
     decoders = ready.workers(len(ready.batches)) > 0
+    if decoders and too_many_open(error):
+        return VitprobeError(
+            "Too many files are open at once, and processes that decode images hold some each: "
+            "raise the limit (ulimit -n) or take fewer of them (--workers 0 starts none); "
+            f"{_way(checkpoint)}"
+        )
+    # What a dead process has left behind is a broken connection or a word from torch.
     broken = decoders and isinstance(error, (ConnectionError, EOFError))
     if broken or decoder_ended(error):
         status = decoder_status(error)
@@ -329,7 +335,7 @@ def _last_save(saves: Saves, stops: HeldBack, state: Sums, mine: np.ndarray) -> 
     for _ in range(2):
         try:
             with stops.undisturbed():
-                if not stops.torn:
+                if mine.any() and not stops.torn:
                     saves.now(state, mine)
             return
         except RuntimeError as late:
