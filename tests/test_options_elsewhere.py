@@ -95,6 +95,7 @@ class Given(list):
 
 
 def test_every_option_of_the_report_reaches_what_it_measures(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # one of the options is --out
     asked = []
 
     def measure(todo, models, images, options, go_on):
