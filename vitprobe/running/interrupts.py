@@ -6,6 +6,7 @@ would add the batch again when it is resumed, and count a part of it twice.
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
 import threading
@@ -122,8 +123,14 @@ class HeldBack:
         self._first = None
 
         def again() -> None:
-            if main is not None and signal.getsignal(number) == self._arrived:
+            if main is None or signal.getsignal(number) != self._arrived:
+                return
+            if hasattr(signal, "pthread_kill"):
                 signal.pthread_kill(main, number)
+            else:
+                _thread.interrupt_main(
+                    signal.Signals(number)
+                )  # Windows, where it wakes nobody who waits
 
         timer = threading.Timer(LOST_S, again)
         timer.daemon = True
