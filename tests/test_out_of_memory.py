@@ -25,6 +25,7 @@ OUT = [
     RuntimeError("could not create a primitive"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ImportError("libgomp.so.1: failed to map segment from shared object"),
     RuntimeError("Caught _ArrayMemoryError: Unable to allocate 7.45 GiB for an array"),
 ]
 OTHERS = [
@@ -32,6 +33,7 @@ OTHERS = [
     OSError(errno.ENOSPC, "No space left on device"),
     FileNotFoundError(errno.ENOENT, "No such file or directory", "out of memory.png"),
     ValueError("out of memory"),
+    ImportError("x.so: failed to map segment from shared object: Operation not permitted"),
     VitprobeError("No such file: 'out of memory.png'"),
 ]
 

@@ -276,19 +276,20 @@ def run(
 def saved(args: argparse.Namespace) -> bool:
     """Whether the same command would go on from a state on disk."""
     kept: UntilWritten | None = getattr(args, "kept", None)
-    return kept is not None and kept.saved()
+    return getattr(args, "measured", False) or (kept is not None and kept.saved())
 
 
 def _write(result: Result, args: argparse.Namespace, name: str) -> None:
     """Save, and only then give up the state that the result came from; print."""
     kept: UntilWritten | None = getattr(args, "kept", None)
-    way = RESUME if saved(args) else ""
     try:
         paths = result.save(args.out / name, args.format)
     except VitprobeError as error:
-        raise VitprobeError(f"{error}{way}") from error
+        raise VitprobeError(f"{error}{RESUME if saved(args) else ''}") from error
     except KeyboardInterrupt:
-        raise Interrupted(f"Stopped before the result was written.{way}") from None
+        raise Interrupted(
+            f"Stopped before the result was written.{RESUME if saved(args) else ''}"
+        ) from None
     if kept is not None:
         kept.written()
     conclude(args, paths, result.findings())

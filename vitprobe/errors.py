@@ -113,6 +113,9 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, OSError):
         # What comes from another process has its number in its words alone.
         return error.errno == errno.ENOMEM or f"[errno {errno.ENOMEM}]" in text
+    if isinstance(error, ImportError):
+        # Of a library that is there; where it may not be executed, more is said.
+        return text.endswith("failed to map segment from shared object")
     words = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
     return words and any(word in text for word in _OUT_OF_MEMORY)
 
@@ -137,7 +140,9 @@ def describe(error: BaseException) -> str:
 
 
 def tell_stops_in_a_line() -> None:
-    """Show no traceback where Ctrl-C ends this process and nothing else has seen to it."""
+    """Show no traceback where Ctrl-C, or memory that is short while libraries are loaded, ends
+    this process and nothing else has seen to it.
+    """
     before = sys.excepthook
 
     def hook(kind: type[BaseException], raised: BaseException, trace: TracebackType | None) -> None:
@@ -145,6 +150,9 @@ def tell_stops_in_a_line() -> None:
             # One line for all processes of a run.
             if os.environ.get("RANK", "0") == "0":
                 print("vitprobe: Stopped.", file=sys.stderr)
+        elif ran_out(raised):
+            print(f"vitprobe: Out of memory ({describe(raised)}).", file=sys.stderr, flush=True)
+            os._exit(2)
         else:
             before(kind, raised, trace)
 

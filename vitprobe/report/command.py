@@ -94,6 +94,7 @@ class Report:
             # All numbers before the first figure: those that were lost would be measured again.
             write_atomically({self._file(result): result.npz() for result in results})
             until_written.written()
+            self.args.measured = True
             for result in results:
                 self._draw(result)
 

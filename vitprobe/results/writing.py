@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,7 +99,9 @@ def sweep(folder: Path, start: str) -> None:
         if file.name.startswith(start) and file.name.endswith(".tmp") and mark in file.name:
             process = file.name.rpartition(mark)[2].partition("-")[0]
             if process.isdigit() and not _alive(int(process)):
-                file.unlink(missing_ok=True)
+                # In a folder that several people share it may be another one's.
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,7 +56,7 @@ class UntilWritten:
 
     def saved(self) -> bool:
         """Whether a run that begins anew need not start over."""
-        return any(run.saved for run in self.runs)
+        return any(run.there() for run in self.runs)
 
 
 class Checkpoint:
@@ -87,6 +88,10 @@ class Checkpoint:
         """Where the state lies, if it is kept."""
         assert self.path is not None
         return self.path.parent
+
+    def there(self) -> bool:
+        """Whether what was saved is on disk still; its folder may have gone meanwhile."""
+        return bool(self.saved) and self._file(self.rank).is_file()
 
     def load(
         self, state: dict[str, Tensor], fresh: bool = False, known: np.ndarray | None = None
@@ -125,7 +130,7 @@ class Checkpoint:
                 return mine
             for file in files:
                 if file != self._file(self.rank):
-                    file.unlink(missing_ok=True)
+                    _remove(file)
         return mine
 
     def save(self, state: dict[str, Tensor], done: np.ndarray) -> None:
@@ -148,14 +153,14 @@ class Checkpoint:
         """Remove the partial files of this run, and what killed processes left of a save."""
         # The names carry the key: runs with other facts in the same place are left alone.
         for file in self._files():
-            file.unlink(missing_ok=True)
+            _remove(file)
         if self.path is not None and self.path.parent.is_dir():
             sweep(self.path.parent, f".{self.path.name}.{self.key[:12]}.")
 
     def remove_own(self) -> None:
         """Remove the file of this process."""
         if self.path is not None:
-            self._file(self.rank).unlink(missing_ok=True)
+            _remove(self._file(self.rank))
 
     def save_whole(self, state: dict[str, Tensor]) -> bool:
         """Write the totals of all processes, rank 0 for all of them; whether that went well."""
@@ -174,7 +179,7 @@ class Checkpoint:
         """
         for file in self._files():
             if not shared or file != self._file(0):
-                file.unlink(missing_ok=True)
+                _remove(file)
 
     def _file(self, rank: int) -> Path:
         assert self.path is not None
@@ -219,6 +224,12 @@ class Checkpoint:
         if part["_key"].dtype.kind != "U" or part["_done"].dtype != np.bool_:
             return None
         return part if str(part["_key"]) == self.key else None
+
+
+def _remove(file: Path) -> None:
+    """A file that is not ours to remove (another user's, a folder) stays: the result is there."""
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
 
 
 class Saves:

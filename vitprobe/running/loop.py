@@ -360,5 +360,5 @@ def _stopped(todo: list[int], mine: np.ndarray, checkpoint: Checkpoint) -> str:
 def _way(checkpoint: Checkpoint) -> str:
     """How to resume a run that ended early."""
     # One of several processes may have saved nothing yet where the others have.
-    kept = checkpoint.keeps if processes.joined() else checkpoint.saved
+    kept = checkpoint.keeps if processes.joined() else checkpoint.there()
     return "run the same command to resume." if kept else "nothing was saved."
