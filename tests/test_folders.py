@@ -187,3 +187,44 @@ def test_what_is_left_out_is_said_once(tmp_path, capsys):
     cka.measure("test_vit@random", replace(images, remarks=("one thing",)), image_size=32,
                 workers=0)  # fmt: skip
     assert capsys.readouterr().err.count("vitprobe: one thing\n") == 1
+
+
+def tar_of(path, members):
+    """A tar with an image under each name; a pair is a link under the first to the second."""
+    fill(path.parent, ["x.png"])
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in members:
+            if isinstance(name, str):
+                tar.add(path.parent / "x.png", name)
+            else:
+                link = tarfile.TarInfo(name[0])
+                link.type, link.linkname = tarfile.LNKTYPE, name[1]
+                tar.addfile(link)
+    return path.read_bytes()
+
+
+def test_a_tar_of_which_a_part_cannot_be_read_is_not_taken_for_a_smaller_one(tmp_path):
+    path = tmp_path / "p.tar"
+    content = tar_of(path, [f"{c}/{i}.png" for c in "ab" for i in range(6)])
+    header = content.index(b"b/2.png")
+    for change, message in (
+        (content[: header + 3] + b"?" + content[header + 4 :], f"damaged at byte {header}"),
+        (content[:header] + bytes(512) + content[header + 512 :], f"damaged at byte {header}"),
+        (content[: header + 100], f"damaged at byte {header}"),
+        (content + content, "another tar was written behind its end"),
+    ):
+        path.write_bytes(change)
+        with pytest.raises(VitprobeError, match=rf"p\.tar cannot be read as a tar: .*{message}"):
+            open_images(path)
+    # Tars that were not closed, or that have something else behind their end, are whole.
+    end = content.rindex(b"IEND") // 512 * 512 + 512
+    for change in (content[:end], content[: end + 512], content + b"something else"):
+        path.write_bytes(change)
+        assert len(open_images(path)) == 12
+
+
+def test_links_in_a_tar_are_left_out_with_a_remark(tmp_path):
+    tar_of(tmp_path / "p.tar", ["a/0.png", "b/1.png", ("b/2.png", "a/0.png"), ("c", "a/0.png")])
+    images = open_images(tmp_path / "p.tar")
+    assert len(images) == 2
+    assert images.remarks == ("1 link in p.tar is left out: b/2.png.",)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,15 +29,14 @@ from vitprobe.images.decoding import (
     TensorSource,
 )  # fmt: skip
 from vitprobe.images.folders import (
-    MORE_SUFFIXES,
     below_common_folder,
     classes_of,
     image_files,
-    is_litter,
     shown_classes,
     unread,
 )  # fmt: skip
 from vitprobe.images.loaders import LoaderSource
+from vitprobe.images.tars import read_tar
 
 TIMM_PREFIXES = ("hfds/", "torch/")
 STREAM_PREFIXES = ("hfids/", "tfds/", "wds/")
@@ -299,50 +297,13 @@ def _from_folder(path: Path) -> Images:
     return replace(images, version=version, remarks=remarks)
 
 
-@contextmanager
-def _more_suffixes() -> Iterator[None]:
-    """Within it timm's readers take the further kinds of images."""
-    from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
-
-    before = get_img_extensions()
-    set_img_extensions((*before, *MORE_SUFFIXES))
-    try:
-        yield
-    finally:
-        set_img_extensions(before)
-
-
 def _from_tar(path: Path) -> Images:
-    import tarfile
-
-    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-
-    try:
-        # The cache of the tar's index is a pickle beside the tar: neither read nor written.
-        # An open tar would be shared with the processes that decode, which then move its place
-        # under each other's hands: it is opened anew for each image.
-        with _more_suffixes():
-            reader = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise VitprobeError(f"{path} cannot be read as a tar: {error}") from error
-    except ValueError:
-        raise VitprobeError(f"There are no images in the tar {path}.") from None
-    members = [_member_name(sample[0].path, sample[2]) for sample in reader.samples]
-    rows = np.array([i for i, name in enumerate(members)
-                     if not any(map(is_litter, name.split("/")))], dtype=np.int64)  # fmt: skip
-    if not len(rows):
-        raise VitprobeError(f"There are no images in the tar {path}.")
-    names = [members[i] for i in rows]
+    reader, rows, names, remark = read_tar(path)
     parts = [f"{reader.samples[i][0].path}\t{reader.samples[i][0].size}" for i in rows]
     source = ReaderSource(reader, rows)
     images = _labelled(path.name, source, names, parts, below_common_folder(names))
-    return replace(images, version=_digest([str(path.stat().st_mtime_ns)]))
-
-
-def _member_name(path: str, inner: Any) -> str:
-    """The name of an image in a tar; one in a tar within it lies in a folder of that tar's name."""
-    parts = [part for part in PurePosixPath(path).parts if part not in ("/", ".")]
-    return "/".join([PurePosixPath(inner.name).stem, *parts] if inner is not None else parts)
+    version = _digest([str(path.stat().st_mtime_ns)])
+    return replace(images, version=version, remarks=(remark,) if remark else ())
 
 
 def _labelled(
