@@ -132,7 +132,7 @@ def _arrays(model: str, layers: Any) -> dict[str, Any]:
             array = array.detach().cpu()
             array = (array if array.dtype == torch.float64 else array.float()).numpy()
         array = np.asanyarray(array)
-        if array.ndim < 2 or array.dtype.kind not in "fiu":
+        if array.ndim < 2 or array.dtype.kind not in "fiu" or 0 in array.shape[1:]:
             raise VitprobeError(
                 f"The features {name} of {model} must be numbers (n, ...), not {array.dtype} "
                 f"{array.shape}."
@@ -169,12 +169,19 @@ def _read(path: Path) -> Iterator[Source]:
         if ran_out(error):
             raise
         raise VitprobeError(f"--features: {path} is no .npz or .npy of numbers: {error}") from error
-    key = next((key for key in LABEL_KEYS if key in layers and layers[key].ndim == 1), None)
+    key = next((key for key in LABEL_KEYS if key in layers and _are_labels(layers[key])), None)
     if key is not None and len(layers) > 1:
         given = layers.pop(key)
-        labels, classes = checked_labels(given, len(given), str(path))
+        count = len(next(iter(_arrays(path.stem, layers).values())))
+        labels, classes = checked_labels(given, count, str(path))
         meta = {"labels": labels.tolist(), "classes": list(classes)}
     yield Source(path.stem, _arrays(path.stem, layers), meta)
+
+
+def _are_labels(array: np.ndarray) -> bool:
+    """Whether an array under the name of labels is one: two layers may well be called x and y."""
+    wide = array.ndim > 1 and array.shape[1:] != (1,)
+    return not (wide and array.dtype.kind == "f")
 
 
 def _folder(folder: Path) -> Source:
@@ -185,11 +192,41 @@ def _folder(folder: Path) -> Source:
             for name, layer in meta["layers"].items()
         }
         name = meta["models"][0]["name"]
+        _check_meta(meta, layers)
     except Exception as error:
         if ran_out(error):
             raise
         raise VitprobeError(f"--features: {folder} is no folder of vitprobe extract.") from error
     return Source(name, _arrays(name, layers), meta)
+
+
+def _check_meta(meta: Mapping[str, Any], layers: Mapping[str, np.ndarray]) -> None:
+    """See that what a folder says of itself is what ``vitprobe extract`` writes.
+
+    Raises:
+        Exception: it is not.
+    """
+    n = len(next(iter(layers.values())))
+    about, model = meta.get("images", {}), meta["models"][0]
+    texts = [model["name"], model.get("weights", ""), meta.get("readout", "")]
+    texts += [about.get("source", ""), about.get("sha256", "").encode("ascii").decode()]
+    names, labels, classes = meta.get("image_names"), meta.get("labels"), meta.get("classes", [])
+    if not all(isinstance(one, str) for one in (*texts, *(names or ()), *classes)):
+        raise TypeError("names are text")
+    counted = [one for one in (names, labels) if one is not None]
+    if not all(isinstance(one, list) and len(one) == n for one in counted):
+        raise ValueError("one for each image is needed")
+    # Images directly in the root of a folder of class folders have none: -1.
+    if not set(labels or ()) <= set(range(-1, len(classes))) or not isinstance(classes, list):
+        raise ValueError("labels are indices into the classes")
+    for layer, array in layers.items():
+        facts = meta["layers"][layer]
+        if list(array.shape) != facts.get("shape", list(array.shape)):
+            raise ValueError(f"{layer} has another shape")
+        if not all(isinstance(size, int) for size in facts.get("of_image", ())):
+            raise TypeError("sizes are whole numbers")
+        if facts.get("places"):
+            from_plain(facts["places"])
 
 
 def _check_same_images(sources: Sequence[Source]) -> None:

@@ -180,7 +180,8 @@ def _rows(source: Source, label: str, rows: np.ndarray) -> Tensor:
     """These rows of a layer; memory maps are read in the order of the file."""
     by_place = np.argsort(rows)
     values = np.asarray(source.layers[label][rows[by_place]])[np.argsort(by_place)]
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    # torch has numbers of this machine's byte order only.
+    tensor = torch.from_numpy(np.ascontiguousarray(values, values.dtype.newbyteorder("=")))
     tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
     if not torch.isfinite(tensor).all():
         raise VitprobeError(f"The features {label} of {source.name} are not finite.")
