@@ -319,6 +319,15 @@ def test_layers_that_are_numbers_are_refused(tmp_path):
         load_result(tmp_path / "x.npz")
 
 
+def test_names_of_models_in_files_are_drawn_as_what_can_be_shown(tmp_path):
+    result = measured(pixels())
+    result.meta["models"][0]["name"] = "a\udcff\x1b[2J\n$\\frac$"
+    (tmp_path / "x.npz").write_bytes(result.npz())
+    again = load_result(tmp_path / "x.npz")
+    assert again.models == ["a\ufffd\\x1b[2J\\n$\\frac$"]
+    assert [path.name for path in again.save(tmp_path / "y")] == ["y.png", "y.npz"]
+
+
 def test_files_are_written_all_or_none_where_a_folder_has_a_name(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(VitprobeError, match="b cannot be written: a folder has its name"):

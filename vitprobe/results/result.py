@@ -23,7 +23,7 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 from vitprobe.catalogue import measurements
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import VitprobeError, shown
 from vitprobe.results.reading import check, read_npz
 from vitprobe.results.tables import Label, as_csv, as_dataframe, long_table
 from vitprobe.results.writing import write_atomically
@@ -338,4 +338,7 @@ def load_result(path: str | Path) -> Result:
         raise VitprobeError(f"{path} lacks {missing}: another version of vitprobe wrote it.")
     chosen = {name: arrays[name] for name in wanted if name in arrays}
     check(path, chosen, meta, result_type.axes)
+    for model in meta["models"]:
+        # Those of other programs and of damaged files are drawn and printed as well.
+        model["name"] = shown(model["name"])
     return result_type(meta=meta, **chosen)
