@@ -29,7 +29,8 @@ sys.path.insert(0, str(HERE))
 import gallery_index  # noqa: E402  (its folder is on the path only now)
 from gallery import FIGURES, Figure, keep_small, scripts  # noqa: E402
 
-from vitprobe.cli import INTERRUPTED  # noqa: E402
+# What a command that a signal has stopped exits with is above this by the signal's number.
+SIGNALLED = 128
 
 
 def arguments_for(figure: Figure, args: argparse.Namespace) -> list[str]:
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = []
     for name in names:
         status = draw(name, args)
-        if status == INTERRUPTED:
+        if status > SIGNALLED:
             return status
         failed += [name] if status else []
     print(os.path.relpath(gallery_index.write(args.out, scripts())))

@@ -191,6 +191,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)
     ):
         raise ValueError(f"an array of {array.dtype} {array.shape}, not uint8 (H, W, 3) or (H, W)")
+    if not array.size:
+        # Older versions of Pillow have words of their own for it.
+        raise ValueError(f"{array.shape[1]} × {array.shape[0]} pixels are no image")
     return rgb(Image.fromarray(array))
 
 
