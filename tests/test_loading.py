@@ -15,6 +15,7 @@ from torch import nn
 
 from vitprobe import VitprobeError, cka, open_images, wrap
 from vitprobe.running import loading
+from vitprobe.running.sending import cannot_be_sent
 
 
 def net(channels=3):
@@ -156,9 +157,7 @@ def test_first_items_that_would_end_the_run_are_one_line(tmp_path):
             open_images(source)
 
 
-@pytest.mark.skipif(
-    loading._anew(), reason="only processes that are forked see the test's function"
-)
+@pytest.mark.skipif(loading.anew(), reason="only processes that are forked see the test's function")
 def test_a_decoding_process_that_ends_by_itself_is_told_with_its_status(tmp_path):
     folder(tmp_path, [(32, 32)] * 39 + [(40, 32)])
 
@@ -255,6 +254,21 @@ def started_anew(code, pictures, tmp_path, names, by_stdin=False):
     )  # fmt: skip
 
 
+def test_what_is_defined_where_others_do_not_look_is_used_without_processes(pictures, tmp_path):
+    """Under ``if __name__ == "__main__"`` it has a name, which means nothing elsewhere."""
+    own = """
+if __name__ == "__main__":
+    def hidden(image):
+        return to_tensor(image)
+    transforms["hidden"] = hidden
+    main()
+"""
+    done = started_anew(SCRIPT + own, pictures, tmp_path, ["hidden"])
+    assert done.stdout == "hidden 12\n", done.stderr
+    (told,) = done.stderr.splitlines()
+    assert told.startswith("vitprobe: images are decoded in this process: hidden is defined under")
+
+
 def test_transforms_that_cannot_be_sent_are_used_without_processes(pictures, tmp_path):
     names = ["named", "made", "lambda"]
     done = started_anew(SCRIPT + GUARD, pictures, tmp_path, names)
@@ -335,8 +349,8 @@ def test_what_a_notebook_defines_is_used_without_processes(pictures, monkeypatch
             dataset = loading.TransformedImages(
                 [wrap(net(), "net", transform)], open_images(pictures)
             )
-            assert loading._cannot_be_sent(dataset).startswith(expected)
-            assert expected or not loading._cannot_be_sent(dataset)
+            assert cannot_be_sent(dataset.images, dataset).startswith(expected)
+            assert expected or not cannot_be_sent(dataset.images, dataset)
 
 
 def test_a_script_without_a_guard_is_told_of_it(pictures, tmp_path):
@@ -384,6 +398,7 @@ def test_an_ended_process_that_left_no_status_is_told(error, monkeypatch, tmp_pa
             raise error
 
     monkeypatch.setattr(loading, "DataLoader", Breaks)
+    monkeypatch.setattr(loading, "anew", lambda: False)
     with pytest.raises(VitprobeError, match="ended a process that decodes images") as told:
         measured(np.zeros((8, 32, 32, 3), np.uint8), to_tensor, workers=1)
     assert told.value.__cause__ is error and error.__cause__ is None

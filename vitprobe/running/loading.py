@@ -6,7 +6,6 @@ import errno
 import multiprocessing.connection
 import multiprocessing.queues
 import os
-import pickle
 import re
 import signal
 import sys
@@ -15,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from vitprobe.images.datasets import check_plain
 from vitprobe.images.decoding import GoneError
 from vitprobe.images.sources import Images
 from vitprobe.models.loading import Model
+from vitprobe.running.sending import anew, cannot_be_sent
 
 # Where the processors of Hugging Face leave an image.
 PIXELS = "pixel_values"
@@ -204,7 +203,7 @@ def batches(
     Raises:
         VitprobeError: a transform that fails, or gives images of different sizes.
     """
-    if workers and (reason := _cannot_be_sent(dataset)):
+    if workers and (reason := cannot_be_sent(dataset.images, dataset)):
         print(f"vitprobe: images are decoded in this process: {reason}", file=sys.stderr)
         workers = 0
     loader = DataLoader(
@@ -223,7 +222,7 @@ def batches(
         except (RuntimeError, ConnectionError, EOFError) as error:
             if too_many_open(error):
                 raise
-            if number == 0 and decoder_ended(error) and _anew():
+            if number == 0 and decoder_ended(error) and anew():
                 raise VitprobeError(_NEVER_BEGAN) from error
             if workers and (decoder_ended(error) or not isinstance(error, RuntimeError)):
                 ended = _ended(getattr(loaded, "_workers", ()), error)
@@ -267,47 +266,6 @@ def too_many_open(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.EMFILE, errno.ENFILE)
     return "Too many open files" in str(error) or decoder_status(error) == _FULL
-
-
-def _anew() -> bool:
-    """Whether processes start anew here, and what they need is sent to them."""
-    return multiprocessing.get_start_method() != "fork"
-
-
-def _cannot_be_sent(dataset: TransformedImages) -> str:
-    """Why processes that start anew cannot have the images and transforms; empty if they can."""
-    if not _anew():
-        return ""
-    main = sys.modules["__main__"]
-    file = getattr(main, "__file__", None)
-    by_name = getattr(main, "__spec__", None) is not None
-    if file is not None and not by_name and not Path(file).is_file():
-        return "processes that start anew cannot read the script again, which has no file."
-    pickler = _Trial(_Nowhere(), protocol=5, buffer_callback=lambda buffer: False)
-    for thing, called in ((dataset.images, "what gives them"), (dataset, "a transform")):
-        try:
-            pickler.dump(thing)
-        except Exception as error:
-            return f"{called} cannot be sent to others ({describe(error)})."
-    if pickler.of_main and file is None and not by_name:
-        return f"{pickler.of_main} is defined in a session that others cannot read."
-    return ""
-
-
-class _Nowhere:
-    def write(self, data: Any) -> int:
-        return len(data)
-
-
-class _Trial(pickle.Pickler):
-    """Tells whether something can be sent, and what of it the main script defines."""
-
-    of_main = ""
-
-    def reducer_override(self, given: Any) -> Any:
-        if getattr(given, "__module__", "") == "__main__" and hasattr(given, "__qualname__"):
-            self.of_main = given.__qualname__
-        return NotImplemented
 
 
 def _be_quiet(worker: int) -> None:
