@@ -1,6 +1,7 @@
 """Folders of images: what is found in them, once, and which class it has."""
 
 import os
+import re
 import tarfile
 from dataclasses import replace
 
@@ -91,6 +92,21 @@ def test_every_real_folder_is_walked_once_and_only_files_are_read(tmp_path):
         os.mkfifo(tmp_path / name)
         with pytest.raises(VitprobeError, match="neither a folder nor a regular file"):
             open_images(tmp_path / name)
+
+
+def test_images_of_kinds_that_are_not_read_are_told(tmp_path):
+    noise = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    noise.save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / "a.jfif")  # what browsers call a JPEG at times
+    for name in ("b.HEIC", "c.avif", "d.heic", "notes.txt"):
+        (tmp_path / name).touch()
+    images = open_images(tmp_path)
+    assert images.names == ["a.jfif"] and images.open(0).size == (8, 8)
+    said = "3 files are of a kind that is not read and left out: .avif, .heic."
+    assert images.remarks == (said,)
+    (tmp_path / "a.jfif").unlink()
+    with pytest.raises(VitprobeError, match=re.escape(said)):
+        open_images(tmp_path)
 
 
 def test_folders_that_cannot_be_listed_are_told_and_counted(tmp_path, monkeypatch):

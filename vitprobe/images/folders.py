@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,8 +20,10 @@ from vitprobe.errors import VitprobeError, shown
 LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
           "__pycache__", "thumbs.db"}  # fmt: skip
 # Besides timm's .png, .jpg and .jpeg.
-MORE_SUFFIXES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+MORE_SUFFIXES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jfif", ".jpe")
 SUFFIXES = {".png", ".jpg", ".jpeg", *MORE_SUFFIXES}
+# Images of other kinds, which are not passed over without a word.
+OTHER_IMAGES = {".avif", ".heic", ".heif", ".jxl", ".jp2", ".dng", ".exr", ".dcm"}
 
 
 @dataclass
@@ -32,12 +35,29 @@ class Found:
         sizes: bytes of each; -1 for a link to nowhere.
         changed: nanoseconds at which each was last changed.
         unreadable: folders that could not be listed, and why.
+        others: how many images of each kind that is not read, by suffix.
     """
 
     names: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     changed: list[int] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+
+    def left_out(self) -> tuple[str, ...]:
+        """A sentence on folders that cannot be listed, one on images of other kinds."""
+        found = []
+        if self.unreadable:
+            many = len(self.unreadable) > 1
+            named = ", ".join(shown(name) for name in self.unreadable[:3])
+            folders = f"{len(self.unreadable)} folder{'s' if many else ''} cannot be read and"
+            more = ", ..." if len(self.unreadable) > 3 else ""
+            found.append(f"{folders} {'are' if many else 'is'} left out: {named}{more}.")
+        if self.others:
+            count, kinds = self.others.total(), ", ".join(sorted(self.others))
+            files = f"{count:,} files are" if count > 1 else "1 file is"
+            found.append(f"{files} of a kind that is not read and left out: {kinds}.")
+        return tuple(found)
 
 
 def is_litter(name: str) -> bool:
@@ -91,7 +111,9 @@ def image_files(root: Path) -> Found:
             name = inside + entry.name
             if _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append((entry.path, f"{name}/"))
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) in OTHER_IMAGES:
+                result.others[suffix] += 1
+            elif suffix in SUFFIXES:
                 size, changed = _size(entry)
                 if size is not None:
                     found.append((name, size, changed))
@@ -121,16 +143,6 @@ def _size(entry: os.DirEntry[str]) -> tuple[int | None, int]:
         return (-1, 0) if entry.is_symlink() and not os.path.exists(entry.path) else (None, 0)
     except OSError:
         return -1, 0
-
-
-def unread(folders: Sequence[str]) -> str:
-    """A sentence on folders that cannot be listed, or an empty string."""
-    if not folders:
-        return ""
-    named = ", ".join(shown(name) for name in folders[:3])
-    more = ", ..." if len(folders) > 3 else ""
-    many = f"{len(folders)} folders cannot" if len(folders) > 1 else "1 folder cannot"
-    return f" {many} be read and {'are' if len(folders) > 1 else 'is'} left out: {named}{more}."
 
 
 def classes_of(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray | None]:

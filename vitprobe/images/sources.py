@@ -33,7 +33,6 @@ from vitprobe.images.folders import (
     classes_of,
     image_files,
     shown_classes,
-    unread,
 )  # fmt: skip
 from vitprobe.images.loaders import LoaderSource
 from vitprobe.images.tars import read_tar
@@ -286,15 +285,15 @@ def _from_path(path: Path, option: str) -> Images:
 def _from_folder(path: Path) -> Images:
     found = image_files(path)
     if not found.names:
-        raise VitprobeError(f"There are no images in the folder {path}.{unread(found.unreadable)}")
+        why = "".join(f" {sentence}" for sentence in found.left_out())
+        raise VitprobeError(f"There are no images in the folder {path}.{why}")
     # Names and sizes decide; reading every byte before the first batch would cost a pass.
     parts = [f"{name}\t{size}" for name, size in zip(found.names, found.sizes)]
     absent = frozenset(i for i, size in enumerate(found.sizes) if size < 0)
     files = FileSource(path, found.names, absent)
     images = _labelled(path.absolute().name, files, found.names, parts, found.names)
-    remarks = (unread(found.unreadable).strip(),) if found.unreadable else ()
     version = _digest([str(changed) for changed in found.changed])
-    return replace(images, version=version, remarks=remarks)
+    return replace(images, version=version, remarks=found.left_out())
 
 
 def _from_tar(path: Path) -> Images:
