@@ -36,6 +36,11 @@ def test_torchvisions_data_sets_by_name_bring_their_labels(datasets_of_torch):
     assert found.meta["n"] == 8 and np.isfinite(found.accuracy[:, 0]).all()
 
 
+def opened(path):
+    with Image.open(path) as image:
+        return image.copy()
+
+
 class Picture:
     """A column's type."""
 
@@ -62,7 +67,7 @@ class Table:
             return [int(path.parent.name == "dog") for path in self.paths]
         row = dict.fromkeys(self.column_names)
         if self.features[self.column].decode:
-            row[self.column] = Image.open(self.paths[at])
+            row[self.column] = opened(self.paths[at])
         else:
             row[self.column] = {"bytes": self.paths[at].read_bytes(), "path": None}
         return row
@@ -102,7 +107,7 @@ def test_data_sets_of_hugging_face_bring_their_labels(name, pictures, hugging_fa
     assert images.classes == ("cat", "dog") and len(images) == 12
     for i, path in enumerate(sorted(pictures.rglob("*.png"))):
         assert images.classes[images.labels[i]] == path.parent.name
-        assert images.items[i].tobytes() == Image.open(path).tobytes()
+        assert images.items[i].tobytes() == opened(path).tobytes()
 
 
 def test_whatever_a_library_of_data_sets_raises_is_one_line(hugging_face):
