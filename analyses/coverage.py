@@ -465,7 +465,10 @@ def markdown(rows: list[Row], theirs: list[Row]) -> str:
 
 def read(path: Path) -> list[Row]:
     """The rows of a table; none where there is no such file."""
-    return list(csv.DictReader(path.open())) if path.exists() else []
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def write(path: Path, columns: Sequence[str], rows: list[Row]) -> None:
