@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitprobe.errors import shown
+from vitprobe.results.fonts import families, missing_letters_told
 
 DPI = 150
 MAX_NAMED_LAYERS = 26
@@ -53,7 +54,7 @@ _STYLE: Any = {
 
 def style() -> AbstractContextManager[Any]:
     """The style, for as long as a figure is being drawn."""
-    return matplotlib.rc_context(_STYLE)
+    return matplotlib.rc_context({**_STYLE, "font.family": families()})
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -136,7 +137,7 @@ def render(figure: Figure, file_format: str) -> bytes:
     buffer = io.BytesIO()
     stamp: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     options: Any = {"pil_kwargs": {"optimize": True}} if file_format == "png" else {}
-    with style(), warnings.catch_warnings():
+    with style(), missing_letters_told(), warnings.catch_warnings():
         # On a busy machine placing a legend can take a second: that is no fault of the figure.
         warnings.filterwarnings("ignore", message="Creating legend with loc")
         figure.savefig(
