@@ -193,7 +193,7 @@ FAULTS = [
           "unseen.scatter_(1, kept, False)", "pass", "tests/test_masked_images.py -k left_out"),
     Fault("masks not of the step", "analyses/training_stages.py",
           "torch.manual_seed(int(", "(int(", "tests/test_masked_images.py -k interrupted"),
-    Fault("missing weights of a bundled network swallowed", "vitprobe/models/fitting.py",
+    Fault("missing weights of a network swallowed", "vitprobe/models/fitting.py",
           "if not whole and not network.strict:", "if not whole:", f"{SMALL} -k lacks"),
     # Below: faults of our own choosing, in code that came after those above.
     Fault("least for largest norm", "vitprobe/token_norms.py",
@@ -252,7 +252,7 @@ FAULTS = [
           f"{WAVES} -k numpys"),
     Fault("convolutions are to smooth", "vitprobe/papers/park2022.py",
           'sign = -1 if kind == "attention" else 1', 'sign = -1 if kind != "MLP" else 1',
-          "tests/test_noise.py -k smooth"),
+          "tests/test_noise_alone.py -k smooth"),
     Fault("last other token read out", "vitprobe/neighbours.py",
           "places.rest(tensor)[:, 0].float()", "places.rest(tensor)[:, -1].float()",
           f"{NEAREST} -k scikit_learn"),

@@ -175,6 +175,16 @@ def test_a_file_that_lacks_weights_of_a_bundled_network_is_refused(tmp_path):
         weights(f"vit_small_box@{tmp_path / 'w.pt'}")
 
 
+def test_a_file_that_lacks_the_last_norm_alone_is_refused_as_well(tmp_path):
+    """Some of timm's own files lack it and say so; other networks would keep a random one."""
+    state = weights("test_convnext@random")
+    lacks = {name: one for name, one in state.items() if not name.startswith("head.norm")}
+    assert len(lacks) == len(state) - 2
+    torch.save(lacks, tmp_path / "w.pt")
+    with pytest.raises(VitprobeError, match=r"Missing: head\.norm\.weight, head\.norm\.bias"):
+        weights(f"test_convnext@{tmp_path / 'w.pt'}")
+
+
 def test_averaged_weights_are_preferred(tmp_path):
     state = weights("resnet_box@random")
     both = {"state_dict": weights("resnet_box@random", 1), "state_dict_ema": state}
