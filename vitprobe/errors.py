@@ -46,6 +46,13 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
+def some(names: Iterable[str], most: int = 3) -> str:
+    """``a, b, c and 9 more``."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def shown(text: str) -> str:
     """Text from outside (names of files, layers, models) as one line that can be shown and saved.
 

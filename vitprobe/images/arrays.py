@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from vitprobe.errors import VitprobeError, describe
 from vitprobe.images.folders import shown_classes
-from vitprobe.results.archives import entries, header, memory, refuse_objects
+from vitprobe.results.archives import Declared, declared, header, memory, refuse_objects
 
 IMAGE_KEYS = ("images", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "targets", "label", "target")
@@ -58,45 +57,30 @@ def _npy(path: Path) -> np.ndarray:
 
 
 def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, str, str]:
-    with zipfile.ZipFile(path) as archive:
-        shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-        sizes: dict[str, int] = {}
-        for info in entries(path):
-            key = info.filename.removesuffix(".npy")
-            with archive.open(info) as member:
-                *shape_and_type, start = header(member)
-            shapes[key] = tuple(shape_and_type)  # type: ignore[assignment]
-            shape, dtype = shapes[key]
-            sizes[key] = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            # Objects are as long as they are; only where they are asked for do they matter.
-            if sizes[key] != info.file_size - start and not dtype.hasobject:
-                raise VitprobeError(
-                    f"{key!r} in {path} is said to be {' × '.join(map(str, shape))} of {dtype}, "
-                    f"but has {info.file_size:,} bytes."
-                )
-    if not shapes:
+    held = declared(path)
+    if not held:
         raise VitprobeError(f"There are no arrays in {path}.")
-    key = _key_of_images(path, shapes)
-    refuse_objects(shapes[key][1])
-    if sizes[key] > (memory() or sizes[key]):
+    key = _key_of_images(path, held)
+    refuse_objects(held[key].dtype)
+    size = held[key].size
+    if size > (memory() or size):
         raise VitprobeError(
-            f"The {sizes[key] / 2**30:.1f} GiB of {key!r} in {path} are more than the memory here."
+            f"The {size / 2**30:.1f} GiB of {key!r} in {path} are more than the memory here."
         )
     with np.load(path, allow_pickle=False) as loaded:
         name = f"{path.name} ({key})"
-        labels_key = next((k for k in LABEL_KEYS if k in shapes and k != key), None)
+        labels_key = next((k for k in LABEL_KEYS if k in held and k != key), None)
         if labels_key is None:
-            return loaded[key], None, name, _no_labels(name, key, shapes)
-        if shapes[labels_key][1].hasobject:
+            return loaded[key], None, name, _no_labels(name, key, held)
+        if held[labels_key].dtype.hasobject:
             why = f"The labels of {name} must be integers, strings or booleans, not Python objects."
             return loaded[key], None, name, why
         return loaded[key], loaded[labels_key], name, ""
 
 
-def _no_labels(name: str, images: str, shapes: Mapping[str, tuple[Any, np.dtype]]) -> str:
+def _no_labels(name: str, images: str, held: Mapping[str, Declared]) -> str:
     """Why a file has no labels, where it has other arrays; an empty string where it has none."""
-    others = [f"{key} {dtype}{list(shape)}" for key, (shape, dtype) in shapes.items()
-              if key != images]  # fmt: skip
+    others = [f"{key} {one}" for key, one in held.items() if key != images]
     if not others:
         return ""
     return (
@@ -105,17 +89,16 @@ def _no_labels(name: str, images: str, shapes: Mapping[str, tuple[Any, np.dtype]
     )
 
 
-def _key_of_images(path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
-    known = next((key for key in IMAGE_KEYS if key in shapes), None)
+def _key_of_images(path: Path, held: Mapping[str, Declared]) -> str:
+    known = next((key for key in IMAGE_KEYS if key in held), None)
     if known:
         return known
-    alike = [key for key, (shape, dtype) in shapes.items()
-             if dtype == np.uint8 and len(shape) in (3, 4)]  # fmt: skip
+    alike = [key for key, one in held.items() if one.dtype == np.uint8 and len(one.shape) in (3, 4)]
     if len(alike) == 1:
         return alike[0]
-    if len(shapes) == 1:
-        return next(iter(shapes))  # its shape or type is told as wrong
-    listed = ", ".join(f"{key} {dtype}{list(shape)}" for key, (shape, dtype) in shapes.items())
+    if len(held) == 1:
+        return next(iter(held))  # its shape or type is told as wrong
+    listed = ", ".join(f"{key} {one}" for key, one in held.items())
     raise VitprobeError(
         f"Which array of {path} holds the images is not clear: it has {listed}. Their key should "
         f"be 'images', that of their labels 'labels'."

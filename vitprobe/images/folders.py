@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vitprobe.errors import VitprobeError, shown
+from vitprobe.errors import VitprobeError, shown, some
 
 # What operating systems, file servers and tools leave beside images; hidden names are left out too.
 LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
@@ -49,10 +49,9 @@ class Found:
         found = []
         if self.unreadable:
             many = len(self.unreadable) > 1
-            named = ", ".join(shown(name) for name in self.unreadable[:3])
+            named = some(map(shown, self.unreadable))
             folders = f"{len(self.unreadable)} folder{'s' if many else ''} cannot be read and"
-            more = ", ..." if len(self.unreadable) > 3 else ""
-            found.append(f"{folders} {'are' if many else 'is'} left out: {named}{more}.")
+            found.append(f"{folders} {'are' if many else 'is'} left out: {named}.")
         if self.others:
             count, kinds = self.others.total(), ", ".join(sorted(self.others))
             files = f"{count:,} files are" if count > 1 else "1 file is"

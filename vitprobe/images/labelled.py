@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vitprobe.errors import NotApplicable, VitprobeError, nearest
+from vitprobe.errors import NotApplicable, VitprobeError, nearest, some
 from vitprobe.images.sources import Images, open_images
 
 BUNDLED_TEST = 500
@@ -160,12 +160,11 @@ def _labelled(images: Images, least: int = 1) -> Images:
 
 def _without(images: Images, stray: np.ndarray) -> Images:
     """Without the images at these positions, which have no class, and with a remark on them."""
-    named = ", ".join(sorted(images.name(int(i)) for i in stray)[:3])
-    more = ", ..." if len(stray) > 3 else ""
+    named = some(sorted(images.name(int(i)) for i in stray))
     many = f"{len(stray)} images" if len(stray) > 1 else "1 image"
     remark = (
         f"{many} directly in {images.source} belong{'' if len(stray) > 1 else 's'} to no class and "
-        f"{'are' if len(stray) > 1 else 'is'} left out: {named}{more}."
+        f"{'are' if len(stray) > 1 else 'is'} left out: {named}."
     )
     kept = images.choose(np.setdiff1d(np.arange(len(images)), stray))
     return replace(kept, remarks=(*images.remarks, remark))

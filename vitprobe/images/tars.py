@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vitprobe.errors import VitprobeError, shown
+from vitprobe.errors import VitprobeError, shown, some
 from vitprobe.images.folders import MORE_SUFFIXES, SUFFIXES, is_litter
 
 BLOCK = 512
@@ -90,11 +90,8 @@ def _remark(path: Path, links: list[str]) -> str:
     if not links:
         return ""
     many = f"{len(links)} links" if len(links) > 1 else "1 link"
-    named = ", ".join(shown(name) for name in links[:3])
-    more = " and others" if len(links) > 3 else ""
-    return (
-        f"{many} in {shown(path.name)} {'are' if len(links) > 1 else 'is'} left out: {named}{more}."
-    )
+    are = "are" if len(links) > 1 else "is"
+    return f"{many} in {shown(path.name)} {are} left out: {some(map(shown, links))}."
 
 
 def _member_name(path: str, inner: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, bfloat16, equal, float16, nn, strided, zeros
 
-from vitprobe.errors import VitprobeError, ran_out
+from vitprobe.errors import VitprobeError, ran_out, some
 from vitprobe.models.contents import Contents, state_dicts
 from vitprobe.models.foreign import rename, written_by
 from vitprobe.models.names import ALIASES
@@ -28,7 +28,6 @@ PREFERRED = ("ema", "teacher", "averaged", "average", "swa")
 LAST = ("student", "momentum", "encoder_k")
 # Prefixes tried with a layout that timm converts; below this share of the tensors it is none.
 TRIED, SHARE = 6, 0.5
-SHOWN = 3
 
 # A name that only CLIP's visual tower has.
 CLIPS_OWN = "class_embedding"
@@ -79,7 +78,7 @@ class Fit:
         """For captions: whatever is not as plain as weights in a file."""
         parts = []
         if self.others:
-            parts.append(f"taken from {_place(self.where, self.prefix)}, not {_some(self.others)}")
+            parts.append(f"taken from {_place(self.where, self.prefix)}, not {some(self.others)}")
         elif self.prefix:
             parts.append(f"taken from {_place(self.where, self.prefix)}")
         if self.layout:
@@ -88,9 +87,9 @@ class Fit:
         if len(self.resampled) > 1:
             parts[-1] += f" (and {len(self.resampled) - 1} more)"
         if self.left_out:
-            parts.append(f"left out: {_some(_groups(self.left_out))}")
+            parts.append(f"left out: {some(_groups(self.left_out))}")
         if self.unset:
-            parts.append(f"not in the file: {_some(self.unset)}")
+            parts.append(f"not in the file: {some(self.unset)}")
         return "; ".join(parts)
 
 
@@ -168,7 +167,7 @@ def put(spec: str, module: nn.Module, fitted: Fit) -> None:
         and own[name].is_floating_point()
     ]
     if untouched:
-        raise VitprobeError(f"{spec}: the file lacks {_some(untouched)}.")
+        raise VitprobeError(f"{spec}: the file lacks {some(untouched)}.")
 
 
 def _differ(one: _Trial, other: _Trial, network: Reference) -> bool:
@@ -261,7 +260,7 @@ def _finished(spec: str, network: Reference, trial: _Trial, whole: dict[str, Ten
     another = [name for name, tensor in rest.items() if network.changes(name, tensor)]
     if another:
         raise VitprobeError(
-            f"{spec}: the file holds another network: it has {_some(another)}, which "
+            f"{spec}: the file holds another network: it has {some(another)}, which "
             f"the network lacks."
         )
     classes = network.classes(trial.state)
@@ -328,7 +327,7 @@ def _misfit(
     if best is None or not any(name in best.state for name in network.trunk):
         return (
             f"{spec}: the weights do not fit the architecture. Missing are all of its tensors "
-            f"({_some(list(network.trunk))}); the file has {_some(_weights(largest))}.{way}"
+            f"({some(list(network.trunk))}); the file has {some(_weights(largest))}.{way}"
         )
     shapes = [
         f"{name} is {_size(tuple(best.state[name].shape))}, not {_size(network.trunk[name])}"
@@ -341,12 +340,12 @@ def _misfit(
         if name in best.state and tuple(best.state[name].shape) == network.trunk[name]
     ]
     absent = [name for name in best.missing if name not in best.state]
-    faults = [f"Missing: {_some(absent)}"] if absent else []
-    faults += [f"Of another shape: {_some(shapes)}"] if shapes else []
-    faults += [f"Not in plain numbers (quantised weights?): {_some(types)}"] if types else []
+    faults = [f"Missing: {some(absent)}"] if absent else []
+    faults += [f"Of another shape: {some(shapes)}"] if shapes else []
+    faults += [f"Not in plain numbers (quantised weights?): {some(types)}"] if types else []
     under = _under(best.prefix, dict(found).get(best.where, {}))
     beyond = [name for name in under if name not in network.names]
-    has = f" The file has {_some(beyond)} instead." if absent and beyond else ""
+    has = f" The file has {some(beyond)} instead." if absent and beyond else ""
     return (
         f"{spec}: the weights{_from(best)} do not fit the architecture. {'. '.join(faults)}."
         f"{has}{way}"
@@ -372,13 +371,6 @@ def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _groups(names: tuple[str, ...]) -> list[str]:
     """The first parts of names, each once."""
     return list(dict.fromkeys(name.partition(".")[0] for name in names))
-
-
-def _some(names: Any, shown: int = SHOWN) -> str:
-    """``a, b, c and 9 more``."""
-    names = list(names)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _type(tensor: Tensor) -> str:

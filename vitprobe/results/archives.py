@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,41 @@ def refuse_objects(dtype: np.dtype) -> None:
         raise ValueError("arrays of Python objects are not read")
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What the header of an array says, with the bytes that its values take."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+def declared(path: Path) -> dict[str, Declared]:
+    """What an archive holds by name, read off the headers: nothing is unfolded.
+
+    Raises:
+        Exception: an array is said to be of another size than it is, and whatever else readers of
+            damaged files raise.
+    """
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in entries(path):
+            name = entry.filename.removesuffix(".npy")
+            with archive.open(entry) as member:
+                shape, dtype, start = header(member)
+            found[name] = Declared(shape, dtype, int(np.prod(shape, dtype=object)) * dtype.itemsize)
+            # Objects are as long as they are; where they are asked for they are refused.
+            if found[name].size != entry.file_size - start and not dtype.hasobject:
+                raise ValueError(
+                    f"{name!r} is said to be {' × '.join(map(str, shape))} of {dtype}, but has "
+                    f"{entry.file_size:,} bytes"
+                )
+    return found
+
+
 def read_all(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an archive by name.
 
@@ -64,15 +100,10 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
         VitprobeError: they unfold to more than the memory of this machine.
         Exception: whatever readers of damaged files raise.
     """
-    size = 0
-    with zipfile.ZipFile(path) as archive:
-        for entry in entries(path):
-            with archive.open(entry) as member:
-                shape, dtype, start = header(member)
-            refuse_objects(dtype)
-            if int(np.prod(shape, dtype=object)) * dtype.itemsize != entry.file_size - start:
-                raise ValueError(f"{entry.filename} is of another size than its header says")
-            size += entry.file_size
+    held = declared(path).values()
+    for one in held:
+        refuse_objects(one.dtype)
+    size = sum(one.size for one in held)
     if size > (memory() or size):
         raise VitprobeError(
             f"{path} unfolds to {size / 2**30:,.1f} GiB, more than the memory here."

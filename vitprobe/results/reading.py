@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vitprobe.errors import VitprobeError, ran_out
-from vitprobe.results.archives import entries, read_all
+from vitprobe.results.archives import declared, read_all
 
 # Results are small, and measured numbers hardly get smaller when packed. What unfolds to much more
 # than the file is none: it is not unfolded to find that out.
@@ -26,7 +26,7 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not path.is_file():
         raise VitprobeError(f"No such result file: {str(path)!r}.")
     try:
-        size = sum(entry.file_size for entry in entries(path))
+        size = sum(one.size for one in declared(path).values())
         if size > max(MUCH, MAX_RATIO * path.stat().st_size):
             raise ValueError(f"{size} bytes in so small a file")
         arrays = read_all(path)

@@ -128,9 +128,8 @@ class HeldBack:
             if hasattr(signal, "pthread_kill"):
                 signal.pthread_kill(main, number)
             else:
-                _thread.interrupt_main(
-                    signal.Signals(number)
-                )  # Windows, where it wakes nobody who waits
+                # Windows; who waits for something is not woken there.
+                _thread.interrupt_main(signal.Signals(number))
 
         timer = threading.Timer(LOST_S, again)
         timer.daemon = True

@@ -27,6 +27,7 @@ from vitprobe.results.provenance import models_meta, versions
 from vitprobe.running import memory, processes
 from vitprobe.running.checkpoint import UntilWritten
 from vitprobe.running.devices import exact, prepared, resolve_device
+from vitprobe.running.ending import RESUME
 from vitprobe.running.layout import channels_last
 from vitprobe.running.loading import Failure, TransformedImages, batches
 from vitprobe.running.options import Options
@@ -362,9 +363,7 @@ def _told(error: BaseException, models: list[Model], options: Options) -> Vitpro
         line = memory.out_of_memory(resolve_device(options.device), options.batch_size)
         kept = options.checkpoint
         saved = isinstance(kept, UntilWritten) and kept.saved()
-        return VitprobeError(
-            f"{line}{named}." + (" Run the same command to resume." if saved else "")
-        )
+        return VitprobeError(f"{line}{named}." + (RESUME if saved else ""))
     return forward_failure(error, [(model.name, model.module) for model in models])
 
 
